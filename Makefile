@@ -1,0 +1,48 @@
+# Every target makes .venv when it is missing; Python 3.11-3.13, git and make are all that must be there before.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help env repro test lint serve lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+env: $(STAMP)  ## create .venv from requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found; install one or set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
+	dvc repro
+	@cae-pipe results
+
+test: $(STAMP)  ## run the tests
+	pytest
+
+lint: $(STAMP)  ## ruff, mypy and the import contracts
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+serve: $(STAMP)  ## serve the bundle that `make repro` made
+	cae-pipe serve --bundle models/bundle
+
+lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it)
+	$(BIN)/pip install --quiet uv
+	uv pip compile pyproject.toml --all-extras $(LOCK_FLAGS) -o requirements.lock
+	uv pip compile pyproject.toml $(LOCK_FLAGS) -c requirements.lock -o docker/serving.lock
+
+LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+
+clean:  ## remove what the pipeline made, keep .venv and the DVC cache
+	rm -rf data models metrics scratch

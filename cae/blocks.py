@@ -1,0 +1,152 @@
+"""The parts that encoder, regressor and decoder are built from: one Attention, one Block, one RegressorBlock."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+# Epsilon of every LayerNorm in the official models.
+NORM_EPS = 1e-6
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linears, zero biases: what takes effect in the official code."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, self or cross. Queries and values have a bias, keys have none.
+
+    One weight holds the three projections, so that self-attention is a single matrix product.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+        self.apply(init_weights)
+
+    def init_separately(self) -> None:
+        """Xavier by the fan of each projection, as where the official code has three; otherwise by that of all."""
+        for weight in self.qkv.weight.detach().chunk(3):
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Self-attention."""
+        return self._attend(*self._self_projections(x))
+
+    def cross(
+        self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b m d"]:
+        """Cross-attention."""
+        q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
+        return self._attend(
+            self._heads(F.linear(query, q_weight, self.q_bias)),
+            self._heads(F.linear(key, k_weight)),
+            self._heads(F.linear(value, v_weight, self.v_bias)),
+        )
+
+    def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
+        """Attention weights of the first token (the class token) over all tokens, per head."""
+        query, key, _ = self._self_projections(x)
+        scores = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return scores.softmax(dim=-1).squeeze(2)
+
+    def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        query, key, value = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+        return self._heads(query), self._heads(key), self._heads(value)
+
+    def _heads(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n e"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b n d"]:
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """Learned gain of a residual branch, one value a channel."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale; used by encoder and decoder. Parameter names follow timm."""
+
+    def __init__(self, width: int, num_heads: int, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n d"], use_drop_path: bool = True) -> Float[Tensor, "b n d"]:
+        attended = self.ls1(self.attn(self.norm1(x)))
+        x = x + (self.drop_path(attended) if use_drop_path else attended)
+        mapped = self.ls2(self.mlp(self.norm2(x)))
+        return x + (self.drop_path(mapped) if use_drop_path else mapped)
+
+
+class RegressorBlock(nn.Module):
+    """Cross-attention from mask queries to [visible; queries]; the visible representations are never updated.
+
+    Positions go into queries and keys, not into values. After the attention the second LayerNorm replaces the stream,
+    which is no ordinary pre-norm residual. Source: official `modeling_cae_helper.py`, `RegressorBlock`.
+    """
+
+    def __init__(self, width: int, num_heads: int, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm_q = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm_k = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm_v = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b m d"],
+        z_v: Float[Tensor, "b v d"],
+        positions_m: Float[Tensor, "b m d"],
+        positions_v: Float[Tensor, "b v d"],
+    ) -> Float[Tensor, "b m d"]:
+        context = torch.cat([z_v, x], dim=1)
+        positions = torch.cat([positions_v, positions_m], dim=1)
+        query = self.norm_q(x + positions_m)
+        attended = self.attn.cross(query, self.norm_k(context + positions), self.norm_v(context))
+        x = self.norm2(x + self.drop_path(self.ls1(attended)))
+        return x + self.drop_path(self.ls2(self.mlp(x)))

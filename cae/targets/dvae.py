@@ -1,0 +1,139 @@
+"""Our own discrete VAE: strided convolutions to one logit vector a patch, Gumbel-softmax, a learned codebook.
+
+The token grid is the patch grid by construction: the strides are the prime factors of the patch size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cae.config import Section
+from cae.targets import Codes, channel_buffer
+
+
+class DvaeArchitecture(Section):
+    """Every size that fixes the shapes of a Dvae; stored with its weights."""
+
+    channels: int
+    patch_size: int
+    grid: tuple[int, int]
+    vocab_size: int
+    code_width: int
+    hidden_width: int
+    num_res_blocks: int
+
+
+class DvaeLoss(NamedTuple):
+    """Parts of the training loss."""
+
+    reconstruction: Float[Tensor, ""]  # share of the data's variance that is not reconstructed
+    unused: Float[Tensor, ""]  # nats by which the batch's code usage falls short of uniform
+
+
+class Dvae(nn.Module):
+    """Tokenizer and its decoder; also the `Target` that predicts its tokens. Images are float32 in 0-1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: DvaeArchitecture, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.num_outputs = self.vocab_size = architecture.vocab_size
+        hidden, channels = architecture.hidden_width, architecture.channels
+        factors = prime_factors(architecture.patch_size)
+        blocks = [ResidualBlock(hidden) for _ in range(architecture.num_res_blocks)]
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            *(layer for factor in factors for layer in (nn.ReLU(), _downsample(hidden, factor))),
+            *blocks,
+            nn.ReLU(),
+            nn.Conv2d(hidden, self.vocab_size, 1),
+        )
+        self.codebook = nn.Parameter(torch.randn(self.vocab_size, architecture.code_width))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(architecture.code_width, hidden, 1),
+            *(ResidualBlock(hidden) for _ in range(architecture.num_res_blocks)),
+            *(
+                layer
+                for factor in reversed(factors)
+                for layer in (nn.Upsample(scale_factor=factor), nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU())
+            ),
+            nn.Conv2d(hidden, channels, 3, padding=1),
+        )
+        self.register_buffer("mean", channel_buffer(mean))
+        self.register_buffer("std", channel_buffer(std))
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k gh gw"]:
+        return self.encoder((images - self.mean) / self.std).float()
+
+    def training_loss(self, images: Float[Tensor, "b c h w"], temperature: float) -> DvaeLoss:
+        """Soft codes by Gumbel-softmax at `temperature`, in float32 whatever autocast says."""
+        logits = self.logits(images)
+        soft = F.gumbel_softmax(logits, tau=temperature, dim=1)
+        decoded = self.decoder(torch.einsum("bkhw,kd->bdhw", soft, self.codebook))
+        reconstruction = F.mse_loss(decoded.float(), (images - self.mean) / self.std)
+        # Entropy of the usage over the whole batch; a KL for each position would fight the reconstruction.
+        usage = logits.softmax(dim=1).mean(dim=(0, 2, 3))
+        entropy = -(usage * usage.clamp_min(1e-10).log()).sum()
+        return DvaeLoss(reconstruction, math.log(self.vocab_size) - entropy)
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
+        """Hard tokens: the most likely code of every patch."""
+        return self.logits(images).argmax(dim=1).flatten(1)
+
+    def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
+        return F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten())
+
+    def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
+        return {"token_accuracy": (prediction.argmax(-1) == codes).float().mean()}
+
+    def codes_from(self, prediction: Float[Tensor, "b m k"]) -> Int[Tensor, "b m"]:
+        return prediction.argmax(dim=-1)
+
+    def decode(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b c h w"]:
+        embedded = self.codebook[codes].transpose(1, 2).unflatten(2, self.architecture.grid)
+        return self.decoder(embedded) * self.std + self.mean
+
+    @torch.no_grad()
+    def replace_code(self, dead: int, alive: int, noise: float) -> None:
+        """Restart a dead code as a noisy copy of one in use, so that the two share its patches."""
+        head = self.encoder[-1]
+        for weight in (head.weight, head.bias, self.codebook):
+            scale = weight[alive].std() if weight[alive].dim() else weight.new_tensor(0.0)
+            weight[dead] = weight[alive] + noise * scale * torch.randn_like(weight[alive])
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))) at the same width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(width, width, 3, padding=1)
+        self.mix = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
+        return x + self.mix(self.spatial(x.relu()).relu())
+
+
+def prime_factors(number: int) -> list[int]:
+    """Prime factors in ascending order; empty for 1."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def _downsample(width: int, factor: int) -> nn.Conv2d:
+    # Overlapping windows where the arithmetic allows it: even kernels of twice the stride keep the size exact.
+    if factor == 2:
+        return nn.Conv2d(width, width, 4, stride=2, padding=1)
+    return nn.Conv2d(width, width, factor, stride=factor)

@@ -1,0 +1,49 @@
+"""Which device and which precision a run uses."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cae.config import RuntimeConfig
+from cae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device, and whether autocast to bf16 is on."""
+
+    device: torch.device
+    bf16: bool
+
+    @classmethod
+    def choose(cls, config: RuntimeConfig) -> "Hardware":
+        """Resolve `auto`; raise UserError when `cuda` is asked for and not there."""
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("runtime.device: cuda is not available here; expected a CUDA device, or set cpu or auto")
+        use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        device = torch.device("cuda" if use_cuda else "cpu")
+        bf16 = _gains_by_bf16(device) if config.precision == "auto" else config.precision == "bf16"
+        return cls(device, bf16)
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        return "bf16" if self.bf16 else "fp32"
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def _gains_by_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without these instructions a CPU emulates bf16 and is slower than in float32.
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def set_reproducible(seed: int) -> None:
+    """Seed torch and refuse operations whose result differs from run to run."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)

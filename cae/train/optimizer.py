@@ -1,0 +1,38 @@
+"""AdamW as the paper uses it, with layer decay for fine-tuning; the schedule beside it."""
+
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from cae.config import OptimizationConfig
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def adamw(module: nn.Module, config: OptimizationConfig, layer_decay: float | None = None) -> AdamW:
+    """Fused AdamW; biases, norms, gains and the learned tokens are not decayed.
+
+    `layer_decay` needs `module.group_matcher`, as timm's models have it; each group then carries its `lr_scale`,
+    which timm's schedules multiply in.
+    """
+    no_decay = [name for name, _ in module.named_parameters() if name.endswith(("cls_token", "mask_query"))]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(module, config.weight_decay, no_decay)
+    else:
+        groups = param_groups_layer_decay(module, config.weight_decay, no_decay, layer_decay=layer_decay)
+    return AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+
+
+def cosine_schedule(optimizer: Optimizer, config: OptimizationConfig, steps_per_epoch: int) -> CosineLRScheduler:
+    """Linear warm-up, then cosine to `min_lr` at the last step; advanced by step, not by epoch."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * steps_per_epoch - warmup,
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
