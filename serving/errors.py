@@ -1,0 +1,155 @@
+"""How the server says no: one JSON form for every error, and the request id in every answer."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.bundle import CapabilityError
+from serving.preprocess import MIN_SIDE_PX, ImageError, Reason
+
+REQUEST_ID = "X-Request-Id"
+
+# An id of the caller's is kept only in this form, since it is written to logs and headers.
+_CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_IMAGE_STATUS: dict[Reason, int] = {"unsupported": 415, "truncated": 415, "too_large": 413, "too_small": 422}
+_IMAGE_HINT: dict[Reason, str] = {
+    "unsupported": "send one JPEG, PNG, WebP, BMP or TIFF file as the raw body: curl --data-binary @photo.jpg",
+    "truncated": "check that the file opens in a viewer, and send all of it",
+    "too_large": "scale the picture down first; GET /info names the limit",
+    "too_small": f"send a picture of at least {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels",
+}
+
+
+class ErrorDetail(BaseModel):
+    """`code` for programs, `message` what is wrong, `hint` what to do about it."""
+
+    code: str
+    message: str
+    hint: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+    request_id: str
+
+
+class ApiError(Exception):
+    """A refusal with its HTTP status; becomes an ErrorBody."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(code=code, message=message, hint=hint)
+
+
+class RequestIds:
+    """ASGI middleware: each request gets an id (the caller's X-Request-Id, or a new one), returned in the headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _CALLERS_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that can leave an endpoint of `app` in the one JSON form."""
+    app.add_middleware(RequestIds)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(ImageError, _bad_image)
+    app.add_exception_handler(CapabilityError, _no_capability)
+    app.add_exception_handler(RequestValidationError, _bad_field)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _internal)
+
+
+def _answer(request: Request, status: int, detail: ErrorDetail) -> JSONResponse:
+    request_id = request.state.request_id
+    body = ErrorBody(error=detail, request_id=request_id)
+    # The header again, because the answer to an unexpected error is sent from outside the middleware.
+    return JSONResponse(body.model_dump(), status, headers={REQUEST_ID: request_id})
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _answer(request, error.status, error.detail)
+
+
+def _bad_image(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ImageError)
+    detail = ErrorDetail(code=f"image_{error.reason}", message=str(error), hint=_IMAGE_HINT[error.reason])
+    return _answer(request, _IMAGE_STATUS[error.reason], detail)
+
+
+def _no_capability(request: Request, error: Exception) -> Response:
+    detail = ErrorDetail(
+        code="capability_absent", message=str(error), hint="GET /info lists what this bundle can do under capabilities"
+    )
+    return _answer(request, 404, detail)
+
+
+def _bad_field(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [
+        f"{'.'.join(map(str, problem['loc'][1:])) or 'query'}: {problem['msg']} (got {problem['input']!r})"
+        for problem in error.errors()
+    ]
+    detail = ErrorDetail(
+        code="bad_field", message="; ".join(problems), hint="GET /openapi.json describes every field and its range"
+    )
+    return _answer(request, 422, detail)
+
+
+def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    detail = ErrorDetail(
+        code=phrase.lower().replace(" ", "_"),
+        message=f"{request.method} {request.url.path}: {error.detail}",
+        hint="GET /openapi.json lists every path and its methods",
+    )
+    response = _answer(request, error.status_code, detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    # Nobody reads it; without a handler the disconnect would be logged as a failure of the server.
+    return Response(status_code=400)
+
+
+def _internal(request: Request, error: Exception) -> Response:
+    detail = ErrorDetail(
+        code="internal",
+        message="the server failed on this request",
+        hint="report the request id; the server's log holds the cause",
+    )
+    return _answer(request, 500, detail)
