@@ -44,7 +44,7 @@ class PrepareConfig(Section):
     source: str
     channels: Literal["auto", 1, 3]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    max_side_px: Count
+    short_side_px: Count
     max_reject_fraction: Fraction
     shard_mb: Positive
 
@@ -104,7 +104,9 @@ def check_heads(width: int, num_heads: int, heads_key: str, width_key: str) -> N
     if width % num_heads:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - num_heads))
-        raise ValueError(f"{heads_key}: {num_heads} heads do not divide the {width_key} {width}; the nearest is {nearest}")
+        raise ValueError(
+            f"{heads_key}: {num_heads} heads do not divide the {width_key} {width}; the nearest is {nearest}"
+        )
     if width % 4:
         raise ValueError(f"{width_key}: {width} is not a multiple of 4, which 2-D sin-cos positions need")
 
@@ -124,37 +126,6 @@ class Architecture(Section):
     decoder_depth: Count
     num_outputs: Count
     layer_scale: Positive
-
-
-class TokenizerConfig(Section):
-    kind: Literal["dvae", "pixels"]
-    normalize_pixels: bool
-    vocab_size: Annotated[int, Field(ge=2)]
-    code_width: Count
-    hidden_width: Count
-    num_res_blocks: CountOrZero
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-    warmup_epochs: NonNegative
-    temperature_start: Positive
-    temperature_end: Positive
-    usage_weight: NonNegative
-    min_perplexity: Annotated[float, Field(ge=1)]
-
-    @model_validator(mode="after")
-    def reachable(self) -> Self:
-        if self.min_perplexity > self.vocab_size:
-            raise ValueError(f"min_perplexity: {self.min_perplexity} cannot be reached with a vocab_size of {self.vocab_size}")
-        if self.temperature_end > self.temperature_start:
-            raise ValueError(f"temperature_end: {self.temperature_end} is above temperature_start {self.temperature_start}")
-        return self
-
-
-class MaskConfig(Section):
-    kind: Literal["block", "random"]
-    ratio: Annotated[float, Field(gt=0)]
-    min_block: PositiveFraction
 
 
 class OptimizationConfig(Section):
@@ -187,6 +158,37 @@ class CropConfig(Section):
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"crop_scale: {list(self.crop_scale)} must be [smallest, largest]")
         return self
+
+
+class TokenizerConfig(OptimizationConfig, CropConfig):
+    kind: Literal["dvae", "pixels"]
+    normalize_pixels: bool
+    vocab_size: Annotated[int, Field(ge=2)]
+    code_width: Count
+    hidden_width: Count
+    num_res_blocks: CountOrZero
+    temperature_start: Positive
+    temperature_end: Positive
+    usage_weight: NonNegative
+    min_perplexity: Annotated[float, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def reachable(self) -> Self:
+        if self.min_perplexity > self.vocab_size:
+            raise ValueError(
+                f"min_perplexity: {self.min_perplexity} cannot be reached with a vocab_size of {self.vocab_size}"
+            )
+        if self.temperature_end > self.temperature_start:
+            raise ValueError(
+                f"temperature_end: {self.temperature_end} is above temperature_start {self.temperature_start}"
+            )
+        return self
+
+
+class MaskConfig(Section):
+    kind: Literal["block", "random"]
+    ratio: Annotated[float, Field(gt=0)]
+    min_block: PositiveFraction
 
 
 class PretrainConfig(OptimizationConfig, CropConfig):
@@ -335,7 +337,8 @@ def _explain(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         known = _section_keys(parts[:-1])
         nearest = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0)
-        return f"{key}: unknown key; did you mean `{'.'.join([*parts[:-1], nearest[0]])}`? (known here: {', '.join(known)})"
+        suggestion = ".".join([*parts[:-1], nearest[0]])
+        return f"{key}: unknown key; did you mean `{suggestion}`? (known here: {', '.join(known)})"
     if item["type"] == "missing":
         return f"{key}: missing; add it (the shipped params.yaml shows every key)"
     if item["type"] == "value_error":
@@ -348,6 +351,7 @@ def _section_keys(path: list[str]) -> list[str]:
     section: type[BaseModel] = Params
     for part in path:
         annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         section = annotation
     return list(section.model_fields)

@@ -1,10 +1,10 @@
 """The Context Autoencoder; to be read beside section 3 of the paper (arXiv 2202.03026).
 
-    X_v ──encoder F──▶ Z_v ──regressor H──▶ Z_m ──decoder G──▶ Y_m      decoding loss on Y_m
-    X_m ──encoder F, no gradient──▶ Z̄_m                                alignment loss between Z_m and Z̄_m
+X_v ──encoder F──▶ Z_v ──regressor H──▶ Z_m ──decoder G──▶ Y_m      decoding loss on Y_m
+X_m ──encoder F, no gradient──▶ Z̄_m                                alignment loss between Z_m and Z̄_m
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,17 @@ def gather_patches(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Floa
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+class PatchEmbed(nn.Module):
+    """Linear projection of every patch; a convolution, whose weights are timm's."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
 class Encoder(nn.Module):
     """ViT over any subset of the patches (F in the paper). Parameter names follow timm's VisionTransformer.
 
@@ -31,22 +42,22 @@ class Encoder(nn.Module):
 
     def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
         super().__init__()
-        width, patch = architecture.width, architecture.patch_size
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(architecture.channels, width, patch, stride=patch)})
+        width = architecture.width
+        self.patch_embed = PatchEmbed(architecture.channels, width, architecture.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
             Block(width, architecture.num_heads, architecture.layer_scale, rate)
             for rate in drop_path_rates(drop_path, architecture.depth)
         )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(width, eps=NORM_EPS)
         self.register_buffer("positions", sincos_positions(architecture.grid, width), persistent=False)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.patch_embed["proj"].weight, std=0.02)
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Patch embeddings with positions, for all patches in row-major order."""
-        return self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.positions[1:]
+        return self.patch_embed(images) + self.positions[1:]
 
     def encode(self, embedded: Float[Tensor, "b v d"], use_drop_path: bool = True) -> Float[Tensor, "b 1+v d"]:
         """Representations after the final LayerNorm of the class token (first) and of the embedded patches."""
@@ -61,7 +72,7 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Tensor, "b 1+n d"], Float[Tensor, "b heads n"]]:
         """As `forward`, and the class token's attention to every patch in the last block (Figure 4)."""
         x = self._blocks(self.embed(images), len(self.blocks) - 1, use_drop_path=True)
-        last = self.blocks[-1]
+        last = cast(Block, self.blocks[-1])
         attention = last.attn.first_row(last.norm1(x))[:, :, 1:]
         return self.norm(last(x)), attention
 
@@ -87,7 +98,7 @@ class Regressor(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.apply(init_weights)
         for block in self.blocks:
-            block.attn.init_separately()
+            cast(RegressorBlock, block).attn.init_separately()
         nn.init.trunc_normal_(self.mask_query, std=0.02)
 
     def forward(
@@ -139,9 +150,7 @@ class ContextAutoencoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(
-        self, architecture: Architecture, drop_path: float = 0.0, alignment_drop_path: bool = False
-    ) -> None:
+    def __init__(self, architecture: Architecture, drop_path: float = 0.0, alignment_drop_path: bool = False) -> None:
         super().__init__()
         self.alignment_drop_path = alignment_drop_path
         width, predictor_width = architecture.width, architecture.predictor_width

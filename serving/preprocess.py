@@ -152,5 +152,6 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint
         right, bottom = min(left + crop_width, image.width), min(top + crop_height, image.height)
         box = (max(left, 0.0), max(top, 0.0), right, bottom)
         image = image.resize(size, Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(image, dtype=np.uint8).reshape(size[1], size[0], preprocessing.channels)
+    # A copy: Pillow's own memory is read-only, and PyTorch warns of tensors that share such memory.
+    pixels = np.array(image, dtype=np.uint8).reshape(size[1], size[0], preprocessing.channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -26,7 +26,7 @@ class SampleId(NamedTuple):
 
 
 class EpochBatches(Sampler[list[SampleId]]):
-    """Batches of every epoch's permutation from `start_step` to `total_steps`; the incomplete last batch is left out."""
+    """Batches of every epoch's permutation from `start_step` to `total_steps`; incomplete last batches are left out."""
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, start_step: int, total_steps: int) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
@@ -84,7 +84,9 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
-def train_loader(dataset: TrainDataset, batches: EpochBatches, num_workers: int, device: torch.device) -> Iterable[Batch]:
+def train_loader(
+    dataset: TrainDataset, batches: EpochBatches, num_workers: int, device: torch.device
+) -> Iterable[Batch]:
     """Batches on the CPU, pinned where the device is a GPU; images uint8 [b, c, h, w]."""
     return _loader(dataset, num_workers, device, batch_sampler=batches)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from cae.data.shards import Split
@@ -15,10 +16,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class SourceItem(NamedTuple):
-    """One image as the source has it: a name, the encoded bytes, its class number and its split, where known."""
+    """What a source knows of one image: a name, its class number and its split, where there are any."""
 
     key: str
-    data: bytes
     label: int | None
     split: Split | None
 
@@ -31,6 +31,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int) -> SourceItem: ...
+
+    def read(self, position: int) -> bytes:
+        """The encoded image."""
+        ...
 
 
 class Mnist5k:
@@ -48,19 +52,25 @@ class Mnist5k:
         return len(self.images)
 
     def __getitem__(self, position: int) -> SourceItem:
-        return SourceItem(f"mnist5k/{position:04d}", _png(self.images[position]), self.labels[position], None)
+        return SourceItem(f"mnist5k/{position:04d}", self.labels[position], None)
+
+    def read(self, position: int) -> bytes:
+        return _png(self.images[position])
+
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 class Cifar10:
     """CIFAR-10 from parquet files `train*.parquet` and `test*.parquet` (columns `image`, `label`) in a folder."""
 
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as parquet
 
+        self.classes = CIFAR10_CLASSES
+        self.items: list[SourceItem] = []
+        images = []
         splits: tuple[tuple[Split, str], ...] = (("train", "train*.parquet"), ("val", "test*.parquet"))
-        self.columns = []
         for split, pattern in splits:
             files = sorted(folder.glob(pattern))
             if not files:
@@ -69,50 +79,50 @@ class Cifar10:
                     "or `cifar10` alone for the library's own download"
                 )
             table = parquet.read_table(files, columns=["image", "label"])
-            self.columns.append((split, table["image"].combine_chunks(), table["label"].to_numpy()))
+            labels = table["label"].to_pylist()
+            self.items += [SourceItem(f"cifar10/{split}/{i:05d}", label, split) for i, label in enumerate(labels)]
+            # `datasets` writes a struct of bytes and path; other writers the bytes alone.
+            column = table["image"].combine_chunks()
+            images.append(column.field("bytes") if pa.types.is_struct(column.type) else column)
+        self.images = pa.concat_arrays(images)
 
     def __len__(self) -> int:
-        return sum(len(labels) for _, _, labels in self.columns)
+        return len(self.items)
 
     def __getitem__(self, position: int) -> SourceItem:
-        for split, images, labels in self.columns:
-            if position < len(labels):
-                image = images[position].as_py()
-                data = image["bytes"] if isinstance(image, dict) else image
-                return SourceItem(f"cifar10/{split}/{position:05d}", data, int(labels[position]), split)
-            position -= len(labels)
-        raise IndexError(position)
+        return self.items[position]
+
+    def read(self, position: int) -> bytes:
+        return self.images[position].as_py()
 
 
 class Cifar10Download:
     """CIFAR-10 as torchvision downloads it into `folder`."""
 
-    classes = Cifar10.classes
-
     def __init__(self, folder: Path) -> None:
         from torchvision.datasets import CIFAR10
 
+        self.classes = CIFAR10_CLASSES
         try:
-            self.parts: list[tuple[Split, CIFAR10]] = [
-                ("train", CIFAR10(str(folder), train=True, download=True)),
-                ("val", CIFAR10(str(folder), train=False, download=True)),
-            ]
+            train, val = (CIFAR10(str(folder), train=train, download=True) for train in (True, False))
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"prepare.source: cifar10 cannot be downloaded ({error}); use `cifar10:FOLDER` with "
                 "train.parquet and test.parquet"
             ) from None
+        self.images = np.concatenate([train.data, val.data])
+        self.labels = train.targets + val.targets
+        self.num_train = len(train)
 
     def __len__(self) -> int:
-        return sum(len(part) for _, part in self.parts)
+        return len(self.images)
 
     def __getitem__(self, position: int) -> SourceItem:
-        for split, part in self.parts:
-            if position < len(part):
-                data = _png(part.data[position])
-                return SourceItem(f"cifar10/{split}/{position:05d}", data, part.targets[position], split)
-            position -= len(part)
-        raise IndexError(position)
+        split: Split = "train" if position < self.num_train else "val"
+        return SourceItem(f"cifar10/{position:05d}", self.labels[position], split)
+
+    def read(self, position: int) -> bytes:
+        return _png(self.images[position])
 
 
 class Folder:
@@ -128,8 +138,7 @@ class Folder:
         self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
             raise UserError(
-                f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-                "check the path"
+                f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path"
             )
         tops = {path.relative_to(folder).parts[0] for path in self.files}
         self.has_split = "train" in tops and tops <= {"train", "val", "test"} and len(tops) == 2
@@ -147,7 +156,10 @@ class Folder:
         parts = path.relative_to(self.folder).parts
         split: Split | None = ("train" if parts[0] == "train" else "val") if self.has_split else None
         label = self._numbers[name] if self.classes and name is not None else None
-        return SourceItem("/".join(parts), path.read_bytes(), label, split)
+        return SourceItem("/".join(parts), label, split)
+
+    def read(self, position: int) -> bytes:
+        return self.files[position].read_bytes()
 
     def _class_name(self, path: Path) -> str | None:
         parts = path.relative_to(self.folder).parts[1 if self.has_split else 0 :]

@@ -89,7 +89,7 @@ class CropTransform:
 
 
 class FinetuneTransform:
-    """Crop, flip and RandAugment, the last by timm under the sample's own seed. (Erasing and mixing work on batches.)"""
+    """Crop, flip and RandAugment, the last by timm under the sample's own seed; erasing and mixing work on batches."""
 
     def __init__(self, size_px: tuple[int, int], config: FinetuneConfig, mean: list[float]) -> None:
         self.crop = CropFlip(size_px, config)
@@ -115,7 +115,7 @@ def to_array(image: Image.Image) -> UInt8[np.ndarray, "c h w"]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators seeded inside and as before outside, for libraries that use them."""
+    """Python's, NumPy's and torch's global generators seeded inside and as before outside, for libraries."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)

@@ -56,9 +56,7 @@ def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor,
     return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(
-    patches: Float[Tensor, "b n ppc"], grid: tuple[int, int], patch_size: int
-) -> Float[Tensor, "b c h w"]:
+def unpatchify(patches: Float[Tensor, "b n ppc"], grid: tuple[int, int], patch_size: int) -> Float[Tensor, "b c h w"]:
     """Inverse of `patchify`."""
     blocks = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
     return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -43,7 +43,7 @@ class Dvae(nn.Module):
     def __init__(self, architecture: DvaeArchitecture, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.architecture = architecture
-        self.num_outputs = self.vocab_size = architecture.vocab_size
+        self.num_outputs = architecture.vocab_size
         hidden, channels = architecture.hidden_width, architecture.channels
         factors = prime_factors(architecture.patch_size)
         blocks = [ResidualBlock(hidden) for _ in range(architecture.num_res_blocks)]
@@ -52,9 +52,9 @@ class Dvae(nn.Module):
             *(layer for factor in factors for layer in (nn.ReLU(), _downsample(hidden, factor))),
             *blocks,
             nn.ReLU(),
-            nn.Conv2d(hidden, self.vocab_size, 1),
         )
-        self.codebook = nn.Parameter(torch.randn(self.vocab_size, architecture.code_width))
+        self.to_logits = nn.Conv2d(hidden, self.num_outputs, 1)
+        self.codebook = nn.Parameter(torch.randn(self.num_outputs, architecture.code_width))
         self.decoder = nn.Sequential(
             nn.Conv2d(architecture.code_width, hidden, 1),
             *(ResidualBlock(hidden) for _ in range(architecture.num_res_blocks)),
@@ -69,7 +69,7 @@ class Dvae(nn.Module):
         self.register_buffer("std", channel_buffer(std))
 
     def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k gh gw"]:
-        return self.encoder((images - self.mean) / self.std).float()
+        return self.to_logits(self.encoder((images - self.mean) / self.std)).float()
 
     def training_loss(self, images: Float[Tensor, "b c h w"], temperature: float) -> DvaeLoss:
         """Soft codes by Gumbel-softmax at `temperature`, in float32 whatever autocast says."""
@@ -80,7 +80,7 @@ class Dvae(nn.Module):
         # Entropy of the usage over the whole batch; a KL for each position would fight the reconstruction.
         usage = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         entropy = -(usage * usage.clamp_min(1e-10).log()).sum()
-        return DvaeLoss(reconstruction, math.log(self.vocab_size) - entropy)
+        return DvaeLoss(reconstruction, math.log(self.num_outputs) - entropy)
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
@@ -103,10 +103,10 @@ class Dvae(nn.Module):
     @torch.no_grad()
     def replace_code(self, dead: int, alive: int, noise: float) -> None:
         """Restart a dead code as a noisy copy of one in use, so that the two share its patches."""
-        head = self.encoder[-1]
-        for weight in (head.weight, head.bias, self.codebook):
-            scale = weight[alive].std() if weight[alive].dim() else weight.new_tensor(0.0)
-            weight[dead] = weight[alive] + noise * scale * torch.randn_like(weight[alive])
+        for weight in (self.to_logits.weight, self.codebook):
+            weight[dead] = weight[alive] + noise * weight[alive].std() * torch.randn_like(weight[alive])
+        if self.to_logits.bias is not None:
+            self.to_logits.bias[dead] = self.to_logits.bias[alive]
 
 
 class ResidualBlock(nn.Module):

@@ -31,7 +31,9 @@ class TrainLog:
         for row in kept:
             self._to_sink(row)
         self._file = path.open("a", buffering=1)
-        self._bar = tqdm(total=total_steps, initial=start_step, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, desc=name, unit="step", disable=None, dynamic_ncols=True
+        )
         self._started, self._start_step, self._last_quiet = time.perf_counter(), start_step, 0.0
 
     def advance(self) -> None:

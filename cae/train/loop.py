@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cae.data.loader import Batch
+from cae.errors import Diverged, Interrupted
 from cae.train.checkpoint import CheckpointStore
 from cae.train.device import Hardware
 from cae.train.log import Row, TrainLog
@@ -29,18 +30,6 @@ StepFunction = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 BatchSource = Callable[[int], Iterable[Batch]]
 """Batches from a step on, to the end of the training."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; everything up to this moment is in a checkpoint."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; run again to go on from there")
-        self.exit_code = 128 + signal_number
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class Training:
                 ):
                     parts = self._one_step(batch, step)
                     done = step + 1
-                    meter.add(len(batch["images"]))
+                    meter.add(len(batch["labels"]))
                     log.advance()
                     if done % self.log_every_steps == 0 or done == self.total_steps:
                         self._log(log, meter, done, parts)

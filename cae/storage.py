@@ -1,0 +1,65 @@
+"""Safetensors files that say themselves what they are, byte-identical for identical weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cae.config import Section
+from cae.errors import UserError
+from cae.train.checkpoint import sync_folder
+
+A = TypeVar("A", bound=Section)
+
+# One key, for safetensors does not keep the order of several.
+METADATA_KEY = "cae_pipe"
+
+
+def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write the state dict and `metadata` (plain JSON, with `kind`) under a temporary name, fsync and rename."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def read_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and metadata of a file that `save_weights` wrote; UserError when it is no such file of this kind."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {kind} weights, which `dvc repro` makes")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, only keys())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); expected {kind} weights") from None
+    if metadata.get("kind") != kind:
+        raise UserError(f"{path}: holds {metadata.get('kind', 'foreign')!r} weights; expected {kind!r}")
+    return state, metadata
+
+
+def read_architecture(kind: type[A], path: Path, metadata: dict[str, Any]) -> A:
+    """The sizes that a module is built from, out of its file's metadata."""
+    raw = metadata.get("architecture", {})
+    try:
+        return kind.model_validate({key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()})
+    except ValidationError as error:
+        raise UserError(f"{path}: written by another version of cae-pipe: {error}") from None
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly; UserError names what does not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: written by another version of cae-pipe; make it again with `dvc repro` ({error})"
+        ) from None

@@ -1,0 +1,59 @@
+"""Loaders over the prepared data, as every training and every evaluation of the pipeline uses them."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
+from cae.data.shards import ImageShards, Split
+from cae.train.device import Hardware
+from cae.train.loop import BatchSource
+from pipeline.workspace import Workspace
+from serving.preprocess import Preprocessing, prepare
+
+
+class Evaluation:
+    """The server's preprocessing as a transform; a class, so that it can be sent to loader workers."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        return prepare(image, self.preprocessing)
+
+
+def train_batches(
+    workspace: Workspace, transform: Transform, *, batch_size: int, total_steps: int, hardware: Hardware
+) -> BatchSource:
+    """Batches of the training images from any step on, each image transformed with its own seed."""
+    params = workspace.params
+    shards = ImageShards(workspace.prepared, "train")
+    dataset = TrainDataset(shards, transform, params.seed)
+
+    def from_step(start: int) -> Iterable[Batch]:
+        order = EpochBatches(len(shards), batch_size, params.seed, start, total_steps)
+        return train_loader(dataset, order, params.runtime.num_workers, hardware.device)
+
+    return from_step
+
+
+def evaluation_batches(workspace: Workspace, split: Split, batch_size: int, hardware: Hardware) -> Iterable[Batch]:
+    """Every image of the split once, in order, with evaluation preprocessing."""
+    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(workspace.preprocessing()))
+    return eval_loader(dataset, batch_size, workspace.params.runtime.num_workers, hardware.device)
+
+
+def first_images(workspace: Workspace, split: Split, count: int) -> Tensor:
+    """The first images of a split after evaluation preprocessing, uint8 [b, c, h, w]."""
+    shards = ImageShards(workspace.prepared, split)
+    transform = Evaluation(workspace.preprocessing())
+    arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
+    return torch.from_numpy(np.stack(arrays))
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """uint8 [b, c, h, w] as float32 in 0-1."""
+    return images.float() / 255

@@ -1,0 +1,191 @@
+"""`cae-pipe`: every stage of the pipeline, and what one does with the result.
+
+Modules are imported inside the commands, for torch takes seconds that `--help` and `serve` need not wait.
+"""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cae.errors import Interrupted, UserError
+
+EXIT_USER_ERROR = 2
+EXIT_PARTIAL = 3
+
+app = typer.Typer(
+    help="Context Autoencoder: from unlabelled images to a pretrained, probed, exported and served encoder.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that `export` wrote.")]
+BUNDLE = Path("models/bundle")
+
+
+class ProbeName(StrEnum):
+    LINEAR = "linear"
+    ATTENTIVE = "attentive"
+    KNN = "knn"
+
+
+class ViewName(StrEnum):
+    COMPLETION = "completion"
+    PASTED = "pasted"
+    SIDE_BY_SIDE = "side_by_side"
+
+
+class DeviceName(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@app.command()
+def prepare() -> None:
+    """Stage 1: images of `prepare.source` to shards."""
+    from pipeline import prepare as stage
+    from pipeline.workspace import Workspace
+
+    stage.run(Workspace.here())
+
+
+@app.command()
+def tokenizer() -> None:
+    """Stage 2: train the image tokenizer."""
+    from pipeline import tokenizer as stage
+    from pipeline.workspace import Workspace
+
+    stage.run(Workspace.here())
+
+
+@app.command()
+def pretrain() -> None:
+    """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
+    from pipeline import pretrain as stage
+    from pipeline.workspace import Workspace
+
+    stage.run(Workspace.here())
+
+
+@app.command()
+def finetune() -> None:
+    """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
+    from pipeline import finetune as stage
+    from pipeline.workspace import Workspace
+
+    stage.run(Workspace.here())
+
+
+@app.command()
+def probe(name: Annotated[ProbeName, typer.Argument(help="Which probe.")]) -> None:
+    """Stage 5: measure the frozen encoder, pretrained and random."""
+    from pipeline import probe as stage
+    from pipeline.workspace import Workspace
+
+    stage.run(Workspace.here(), name.value)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Pretrained weights, a file or its folder. [default: those of the pipeline]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle. [default: models/bundle]")] = None,
+) -> None:
+    """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch."""
+    from pipeline import export as stage
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    if checkpoint is None and out is None:
+        stage.run(workspace)
+        return
+    source = checkpoint or workspace.pretrained
+    file = source / workspace.pretrained.name if source.is_dir() else source
+    stage.export(workspace, file, out or workspace.bundle, metrics={})
+
+
+@app.command()
+def results() -> None:
+    """Print the figures of the last run."""
+    from pipeline import results as table
+    from pipeline.workspace import Workspace
+
+    table.show(Workspace.here())
+
+
+@app.command()
+def embed(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="File to write: .parquet or .npz.")],
+    bundle: BundleOption = BUNDLE,
+    outputs: Annotated[str, typer.Option(help="Any of pooled, class_token, patches, class_attention.")] = "pooled",
+    device: Annotated[DeviceName, typer.Option(help="Where to run.")] = DeviceName.AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once; more than 1 pays on a GPU.")] = 1,
+) -> None:
+    """Features of images, to a file."""
+    from pipeline import inference
+
+    opened = inference.open_bundle(bundle, device.value)
+    left_out = inference.embed(opened, images, out, inference.parse_outputs(outputs), batch_size)
+    if left_out:
+        # The features are written; the code tells a script that some are missing.
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+@app.command()
+def reconstruct(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    out: Annotated[Path, typer.Option(help="Picture to write.")],
+    mask_ratio: Annotated[
+        float | None, typer.Option(help="Share of the patches to hide. [default: as in pretraining]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which random mask.")] = 0,
+    view: Annotated[ViewName, typer.Option(help="What the picture shows.")] = ViewName.PASTED,
+    skip_regressor: Annotated[
+        bool, typer.Option("--skip-regressor", help="Hide nothing; encoder straight into decoder.")
+    ] = False,
+    bundle: BundleOption = BUNDLE,
+    device: Annotated[DeviceName, typer.Option(help="Where to run.")] = DeviceName.AUTO,
+) -> None:
+    """Hide patches of an image and draw what the model makes of the rest."""
+    from pipeline import inference
+
+    if mask_ratio is not None and not 0 < mask_ratio < 1:
+        raise UserError(f"--mask-ratio: {mask_ratio} must lie between 0 and 1, both excluded")
+    opened = inference.open_bundle(bundle, device.value)
+    inference.reconstruct(
+        opened, image, out, mask_ratio=mask_ratio, seed=seed, view=view.value, skip_regressor=skip_regressor
+    )
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path | None, typer.Option(help="Folder that `export` wrote. [default: models/bundle]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
+    device: Annotated[DeviceName | None, typer.Option(help="Where to run. [default: auto]")] = None,
+) -> None:
+    """Answer POST /embed and POST /reconstruct over HTTP."""
+    from serving.__main__ import main as serve_main
+
+    flags = {"--bundle": bundle, "--host": host, "--port": port, "--device": device}
+    given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
+    raise typer.Exit(serve_main([text for pair in given for text in pair]))
+
+
+def main() -> None:
+    """Entry point: user errors are one message without a traceback, and every kind of end has its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    except Interrupted as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)

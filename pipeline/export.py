@@ -1,0 +1,254 @@
+"""Stage `export`: the bundle that the server reads, checked against torch before it is published."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from cae.config import ExportConfig
+from cae.data.shards import file_sha256
+from cae.errors import UserError
+from cae.targets import reconstruct
+from cae.targets.files import AnyTarget, load_target
+from cae.train.device import set_reproducible
+from cae.weights import LoadedCae, Normalization, load_cae
+from pipeline.batches import first_images, unit_range
+from pipeline.model_card import model_card
+from pipeline.workspace import Workspace
+from serving.masks import random_mask
+
+logger = logging.getLogger(__name__)
+
+ENCODER_OUTPUTS = ("patches", "class_token", "pooled", "class_attention")
+# An extra output of the graphs under test; the published files do not have it.
+LOGITS = "prediction"
+
+
+class EncoderGraph(nn.Module):
+    """uint8 images to the four outputs of encoder.onnx, normalisation inside."""
+
+    def __init__(self, loaded: LoadedCae) -> None:
+        super().__init__()
+        self.encoder = loaded.model.encoder
+        self.normalize = Normalize(loaded.normalization)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens, attention = self.encoder.forward_with_attention(self.normalize(unit_range(images)))
+        return tokens[:, 1:], tokens[:, 0], tokens[:, 1:].mean(dim=1), attention
+
+
+class ReconstructorGraph(nn.Module):
+    """uint8 images and a mask to the whole reconstruction, and the decoder's output for the masked patches."""
+
+    def __init__(self, loaded: LoadedCae, target: AnyTarget) -> None:
+        super().__init__()
+        self.model, self.target = loaded.model, target
+        self.normalize = Normalize(loaded.normalization)
+        self.patch_size = loaded.architecture.patch_size
+
+    def forward(self, images: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        unit = unit_range(images)
+        prediction = self.model.predict(self.normalize(unit), visible, masked)
+        fill = self.normalize.mean.flatten()
+        return reconstruct(self.target, unit, visible, masked, prediction, fill, self.patch_size), prediction
+
+
+class SkipReconstructorGraph(nn.Module):
+    """uint8 images to their reconstruction without the regressor (Figure 3), and the decoder's output."""
+
+    def __init__(self, loaded: LoadedCae, target: AnyTarget) -> None:
+        super().__init__()
+        self.model, self.target = loaded.model, target
+        self.normalize = Normalize(loaded.normalization)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = self.model.predict_without_regressor(self.normalize(unit_range(images)))
+        return self.target.decode(self.target.codes_from(prediction)).clamp(0, 1), prediction
+
+
+class Normalize(nn.Module):
+    """Mean off, standard deviation out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalization: Normalization) -> None:
+        super().__init__()
+        for name, values in normalization._asdict().items():
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Graph(NamedTuple):
+    """One file of the bundle: the module, its inputs and the names and dynamic axes of inputs and outputs."""
+
+    file: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_axes: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+
+
+class Parity(NamedTuple):
+    """How far torch and ONNX Runtime are apart."""
+
+    max_abs_diff: float
+    token_agreement: float
+
+
+def run(workspace: Workspace) -> None:
+    """Stage `export`: `models/bundle` from the pretrained weights, with its quality metrics."""
+    metrics = {
+        stage: values
+        for stage in ("tokenizer", "pretrain", "finetune", "probe_linear", "probe_attentive", "probe_knn")
+        if (values := workspace.read_metrics(stage))
+    }
+    started = time.perf_counter()
+    parity = export(workspace, workspace.pretrained, workspace.bundle, metrics)
+    workspace.write_metrics("export", parity._asdict(), {"wall_s": time.perf_counter() - started})
+
+
+def export(workspace: Workspace, checkpoint: Path, out: Path, metrics: dict[str, Any]) -> Parity:
+    """Write a bundle from `checkpoint`; raise UserError, and publish nothing, where parity is not reached."""
+    set_reproducible(workspace.params.seed)
+    config = workspace.params.export
+    loaded = load_cae(checkpoint)
+    target = load_target(workspace.target)
+    images = first_images(workspace, "val", config.num_parity_images)
+    with workspace.publish(out) as folder:
+        parities = [_write(graph, folder, config) for graph in graphs(loaded, target, images, workspace.params.seed)]
+        parity = Parity(max(p.max_abs_diff for p in parities), min(p.token_agreement for p in parities))
+        _gate(parity, config)
+        bundle = describe(workspace, loaded, folder, metrics, parity)
+        (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
+        (folder / "MODEL_CARD.md").write_text(model_card(bundle))
+    return parity
+
+
+def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> list[Graph]:
+    """The three graphs of a bundle, with real images and masks as inputs."""
+    rows, columns = loaded.architecture.grid
+    masks = [random_mask(rows * columns, 0.5, seed + i) for i in range(len(images))]
+    visible, masked = (torch.from_numpy(np.stack([mask[part] for mask in masks])) for part in (0, 1))
+    batch = {"images": {0: "batch"}}
+    index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
+    return [
+        Graph("encoder.onnx", EncoderGraph(loaded), (images,), batch, ENCODER_OUTPUTS),
+        Graph(
+            "reconstructor.onnx",
+            ReconstructorGraph(loaded, target),
+            (images, visible, masked),
+            batch | index,
+            ("reconstruction", LOGITS),
+        ),
+        Graph(
+            "skip_reconstructor.onnx",
+            SkipReconstructorGraph(loaded, target),
+            (images,),
+            batch,
+            ("reconstruction", LOGITS),
+        ),
+    ]
+
+
+def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
+    """The graph as ONNX, without anything that tells where or when it was made."""
+    program = torch.onnx.export(
+        graph.module.eval(),
+        tuple(tensor[:2] for tensor in graph.inputs),
+        input_names=list(graph.input_axes),
+        output_names=list(graph.outputs),
+        opset_version=opset,
+        dynamo=True,
+        dynamic_shapes=tuple(
+            {axis: torch.export.Dim(name) for axis, name in axes.items()} for axes in graph.input_axes.values()
+        ),
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    # Source paths of this machine and names of Python objects are no part of a model.
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for holder in (model, model.graph, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        holder.ClearField("metadata_props")
+        holder.ClearField("doc_string")
+    for initializer in model.graph.initializer:
+        initializer.ClearField("metadata_props")
+    onnx.checker.check_model(model)
+    return model
+
+
+def _write(graph: Graph, folder: Path, config: ExportConfig) -> Parity:
+    model = to_onnx(graph, config.opset)
+    parity = compare(graph, model)
+    logger.info("%s: largest difference %.1e, tokens agree %.4f", graph.file, *parity)
+    kept = [output for output in model.graph.output if output.name != LOGITS]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    (folder / graph.file).write_bytes(model.SerializeToString(deterministic=True))
+    return parity
+
+
+@torch.inference_mode()
+def compare(graph: Graph, model: onnx.ModelProto) -> Parity:
+    """Torch against ONNX Runtime on the graph's inputs, features and logits; a picture may differ by one token."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {name: tensor.numpy() for name, tensor in zip(graph.input_axes, graph.inputs, strict=True)}
+    theirs = dict(zip(graph.outputs, session.run(list(graph.outputs), feed), strict=True))
+    ours = dict(zip(graph.outputs, graph.module(*graph.inputs), strict=True))
+    compared = [name for name in graph.outputs if name != "reconstruction"]
+    difference = max(float(np.abs(theirs[name] - ours[name].numpy()).max()) for name in compared)
+    agreement = 1.0
+    if LOGITS in ours:
+        agreement = float((theirs[LOGITS].argmax(-1) == ours[LOGITS].argmax(-1).numpy()).mean())
+    return Parity(difference, agreement)
+
+
+def _gate(parity: Parity, config: ExportConfig) -> None:
+    if parity.max_abs_diff > config.max_abs_diff or parity.token_agreement < config.min_token_agreement:
+        raise UserError(
+            f"export: torch and ONNX Runtime differ by {parity.max_abs_diff:.1e} (export.max_abs_diff allows "
+            f"{config.max_abs_diff}) and agree on {parity.token_agreement:.4f} of the tokens "
+            f"(export.min_token_agreement asks {config.min_token_agreement}). Try another export.opset, or report this"
+        )
+
+
+def describe(
+    workspace: Workspace, loaded: LoadedCae, folder: Path, metrics: dict[str, Any], parity: Parity
+) -> dict[str, Any]:
+    """bundle.json: all that a server has to know about the files beside it."""
+    architecture, params = loaded.architecture, loaded.metadata["params"]
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".onnx")
+    return {
+        "format": 1,
+        "model": {
+            "name": params["model"]["name"],
+            "width": architecture.width,
+            "num_heads": architecture.num_heads,
+            "patch_size": architecture.patch_size,
+            "grid": list(architecture.grid),
+            "target": params["tokenizer"]["kind"],
+        },
+        "preprocessing": workspace.preprocessing().model_dump(),
+        "normalization": loaded.normalization._asdict(),
+        "opset": workspace.params.export.opset,
+        "dtype": "float32",
+        "files": {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files},
+        "capabilities": {"embed": True, "reconstruct": True, "skip_reconstruct": True},
+        "default_mask_ratio": params["pretrain"]["mask"]["ratio"],
+        "params": params,
+        "metrics": {**metrics, "export": parity._asdict()},
+    }

@@ -1,0 +1,122 @@
+"""Stage `finetune`: the whole encoder with labels, from the pretrained weights and, beside it, from random ones."""
+
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor
+
+from cae.config import FinetuneConfig
+from cae.data.loader import Batch, steps_per_epoch
+from cae.data.transforms import FinetuneTransform, seeded
+from cae.heads import Classifier
+from cae.model import Encoder
+from cae.storage import save_weights
+from cae.train.device import Hardware, set_reproducible
+from cae.train.log import Row
+from cae.train.loop import RunFolder, Training
+from cae.train.optimizer import adamw, cosine_schedule
+from cae.weights import LoadedCae, Normalization, load_cae, pretrained_encoder, random_encoder
+from pipeline.batches import evaluation_batches, train_batches, unit_range
+from pipeline.live import curves
+from pipeline.runs import run_folder
+from pipeline.scores import Scores, skip_without_labels
+from pipeline.workspace import Workspace
+
+
+class LabelledStep:
+    """Erasing, mixing and the loss of the paper's recipe, on a batch of the loader; random by (seed, step) alone."""
+
+    def __init__(
+        self, model: Classifier, config: FinetuneConfig, normalization: Normalization, num_classes: int, seed: int
+    ) -> None:
+        self.model, self.seed = model, seed
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+        self.erase = RandomErasing(config.random_erase, mode="pixel", device="cpu") if config.random_erase else None
+        self.mixup: Mixup | None = None
+        self.loss: Any = LabelSmoothingCrossEntropy(config.label_smoothing)
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes
+            )
+            self.loss = SoftTargetCrossEntropy()
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = self.normalize(batch["images"]), batch["labels"].long()
+        with seeded(self.seed + step):
+            if self.erase:
+                images = self.erase(images)
+            if self.mixup:
+                images, labels = self.mixup(images, labels)
+        return self.loss(self.model(images).float(), labels), {}
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (unit_range(images) - self.mean.to(images.device)) / self.std.to(images.device)
+
+
+def run(workspace: Workspace) -> None:
+    """Write `models/finetune/classifier.safetensors` and both accuracies; skip with the reason where no labels are."""
+    if skip_without_labels(workspace, "finetune", workspace.finetuned):
+        workspace.curves("finetune").mkdir(parents=True, exist_ok=True)
+        return
+    loaded = load_cae(workspace.pretrained)
+    seed = workspace.params.seed
+    with (
+        run_folder(workspace, "finetune", workspace.params.finetune.checkpoint_every_steps) as folder,
+        curves(folder, workspace.curves("finetune")) as sink,
+    ):
+        drop_path = workspace.params.finetune.drop_path
+        model, scores, efficiency = train(workspace, pretrained_encoder(loaded, drop_path), loaded, folder, sink)
+        beside = RunFolder(folder.path / "random_init", folder.checkpoint_every_steps, folder.stamp)
+        _, baseline, _ = train(workspace, random_encoder(loaded, seed, drop_path), loaded, beside, None)
+    with workspace.publish(workspace.finetuned) as published:
+        metadata = {
+            "kind": "classifier",
+            "architecture": loaded.metadata["architecture"],
+            "normalization": loaded.normalization._asdict(),
+            "classes": workspace.index.classes,
+        }
+        save_weights(published / "classifier.safetensors", model, metadata)
+    quality = {"top1": scores.top1, "top5": scores.top5, "random_init_top1": baseline.top1}
+    workspace.write_metrics("finetune", quality, efficiency)
+
+
+def train(
+    workspace: Workspace, encoder: Encoder, loaded: LoadedCae, folder: RunFolder, sink: Any
+) -> tuple[Classifier, Scores, Row]:
+    """Train a classifier on `encoder` and measure it on the validation images."""
+    params, index = workspace.params, workspace.index
+    config = params.finetune
+    hardware = Hardware.choose(params.runtime)
+    set_reproducible(params.seed)
+    num_classes = len(index.classes)
+    model = Classifier(encoder, num_classes).to(hardware.device)
+    step = LabelledStep(model, config, loaded.normalization, num_classes, params.seed)
+    optimizer = adamw(model, config, config.layer_decay)
+    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
+    total_steps = config.epochs * per_epoch
+    efficiency = Training(
+        name="finetune" if sink else "finetune from random weights",
+        module=model,
+        step=step,
+        optimizer=optimizer,
+        schedule=cosine_schedule(optimizer, config, per_epoch),
+        total_steps=total_steps,
+        batches=train_batches(
+            workspace,
+            FinetuneTransform(params.model.size_px, config, index.mean),
+            batch_size=config.batch_size,
+            total_steps=total_steps,
+            hardware=hardware,
+        ),
+        hardware=hardware,
+        sink=sink,
+    ).run(folder)
+    model.eval()
+    scores = Scores()
+    with torch.inference_mode():
+        for batch in evaluation_batches(workspace, "val", config.batch_size, hardware):
+            scores.add(model(step.normalize(batch["images"].to(hardware.device))).cpu(), batch["labels"])
+    return model, scores, efficiency

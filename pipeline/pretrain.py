@@ -1,0 +1,135 @@
+"""Stage `pretrain`: the Context Autoencoder on the prepared images, without labels."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cae.data.loader import Batch, steps_per_epoch
+from cae.data.transforms import CropFlip, PretrainTransform
+from cae.masking import MaskSampler
+from cae.model import CaeOutput, ContextAutoencoder, alignment_loss
+from cae.targets import take
+from cae.targets.files import AnyTarget, load_target
+from cae.train.device import Hardware, set_reproducible
+from cae.train.loop import Training
+from cae.train.optimizer import adamw, cosine_schedule
+from cae.weights import Normalization, save_cae
+from pipeline.batches import evaluation_batches, train_batches, unit_range
+from pipeline.live import curves
+from pipeline.runs import run_folder
+from pipeline.workspace import Workspace
+
+
+class Objective:
+    """Equation 1: decoding loss plus λ times alignment loss, on a batch of the loader."""
+
+    def __init__(
+        self, model: ContextAutoencoder, target: AnyTarget, normalization: Normalization, alignment_weight: float
+    ) -> None:
+        self.model, self.target, self.alignment_weight = model, target, alignment_weight
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+
+    def to(self, device: torch.device) -> "Objective":
+        self.model.to(device)
+        self.target.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    def __call__(self, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        output, codes = self.forward(batch)
+        decoding = self.target.loss(output.prediction, codes)
+        alignment = alignment_loss(output.z_m, output.z_m_target)
+        parts = {"decoding_loss": decoding, "alignment_loss": alignment, "latent_variance": latent_variance(output)}
+        return decoding + self.alignment_weight * alignment, parts
+
+    def forward(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
+        """The model's output and the targets of the masked patches."""
+        images = unit_range(batch["images"])
+        # Targets in float32: under autocast near ties between codes would fall either way.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            codes = take(self.target.encode(images), batch["masked"])
+        return self.model((images - self.mean) / self.std, batch["visible"], batch["masked"]), codes
+
+
+def run(workspace: Workspace) -> None:
+    """Write `models/pretrain/cae.safetensors`; goes on from the last checkpoint of the same parameters and data."""
+    params, index = workspace.params, workspace.index
+    config = params.pretrain
+    hardware = Hardware.choose(params.runtime)
+    set_reproducible(params.seed)
+    target = load_target(workspace.target)
+    architecture = params.architecture(index.channels, target.num_outputs)
+    normalization = Normalization(index.mean, index.std)
+    model = ContextAutoencoder(architecture, config.drop_path, config.alignment_drop_path)
+    objective = Objective(model, target, normalization, config.alignment_weight).to(hardware.device)
+    masks = mask_sampler(workspace)
+    optimizer = adamw(model, config)
+    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
+    total_steps = config.epochs * per_epoch
+    with (
+        run_folder(workspace, "pretrain", config.checkpoint_every_steps) as folder,
+        curves(folder, workspace.curves("pretrain")) as sink,
+    ):
+        efficiency = Training(
+            name="pretrain",
+            module=model,
+            step=objective,
+            optimizer=optimizer,
+            schedule=cosine_schedule(optimizer, config, per_epoch),
+            total_steps=total_steps,
+            batches=train_batches(
+                workspace,
+                PretrainTransform(CropFlip(params.model.size_px, config), masks),
+                batch_size=config.batch_size,
+                total_steps=total_steps,
+                hardware=hardware,
+            ),
+            hardware=hardware,
+            clip_grad=config.clip_grad,
+            log_every_steps=config.log_every_steps,
+            sink=sink,
+        ).run(folder)
+    model.eval()
+    quality = evaluate(workspace, objective, masks, hardware)
+    with workspace.publish(workspace.pretrained.parent) as published:
+        record = params.model_dump(mode="json")
+        save_cae(published / workspace.pretrained.name, model, architecture, normalization, record)
+    workspace.write_metrics("pretrain", quality, efficiency)
+
+
+def mask_sampler(workspace: Workspace) -> MaskSampler:
+    """The masks of `pretrain.mask`."""
+    params = workspace.params
+    mask = params.pretrain.mask
+    return MaskSampler(params.model.grid, params.num_masked, mask.kind, mask.min_block)
+
+
+@torch.inference_mode()
+def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, hardware: Hardware) -> dict[str, float]:
+    """Losses and scores on the validation images, each with a mask of its own that is the same in every run."""
+    totals: dict[str, float] = {}
+    num_images = 0
+    for batch in evaluation_batches(workspace, "val", workspace.params.pretrain.batch_size, hardware):
+        size = len(batch["images"])
+        drawn = [masks(np.random.default_rng([workspace.params.seed, num_images + i])) for i in range(size)]
+        for part, name in enumerate(("visible", "masked")):
+            batch[name] = torch.from_numpy(np.stack([pair[part] for pair in drawn]))
+        batch = {key: value.to(hardware.device) for key, value in batch.items()}
+        output, codes = objective.forward(batch)
+        values: dict[str, Any] = {
+            "decoding_loss": objective.target.loss(output.prediction, codes),
+            "alignment_loss": alignment_loss(output.z_m, output.z_m_target),
+            "latent_variance": latent_variance(output),
+            **objective.target.scores(output.prediction, codes),
+        }
+        for key, value in values.items():
+            totals[key] = totals.get(key, 0.0) + size * float(value)
+        num_images += size
+    return {key: value / num_images for key, value in totals.items()}
+
+
+def latent_variance(output: CaeOutput) -> Tensor:
+    """Variance of the target representations over the patches of an image; near 0 the alignment has collapsed."""
+    return output.z_m_target.float().var(dim=1).mean()

@@ -1,0 +1,97 @@
+"""Scratch folders of running stages: one for each combination of parameters, data and code, held by one process."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+
+from cae.data.shards import INDEX_NAME, file_sha256
+from cae.errors import UserError
+from cae.train.loop import RunFolder
+from pipeline.workspace import Workspace
+
+# An orphan of an interrupted `dvc repro` needs this long to finish its step and save.
+LOCK_TIMEOUT_S = 30
+
+
+@contextmanager
+def run_folder(workspace: Workspace, stage: str, checkpoint_every_steps: int) -> Iterator[RunFolder]:
+    """The scratch folder of this stage with these parameters, data and code; one process at a time.
+
+    Raises UserError when another process (an orphan of an earlier run, say) still writes there.
+    """
+    stamp = make_stamp(workspace, stage)
+    with _locked(workspace, stage, stamp) as path:
+        yield RunFolder(path, checkpoint_every_steps, stamp)
+
+
+@contextmanager
+def shared_folder(workspace: Workspace, stage: str) -> Iterator[Path]:
+    """As `run_folder`, for results that several stages share and only the first computes."""
+    with _locked(workspace, stage, make_stamp(workspace, stage)) as path:
+        yield path
+
+
+def make_stamp(workspace: Workspace, stage: str) -> dict[str, Any]:
+    """What a checkpoint was made from, by the stage's own entry in dvc.yaml, so that the two cannot differ."""
+    entry = _stage_entry(workspace.root, stage)
+    raw = workspace.params.model_dump(mode="json")
+    params = {key: _look_up(raw, key) for key in entry["params"]}
+    code, data = hashlib.sha256(), hashlib.sha256()
+    for dependency in sorted(entry["deps"]):
+        path = workspace.root / dependency
+        digest = code if path.suffix == ".py" else data
+        for file in _files_that_identify(path):
+            digest.update(f"{file.relative_to(workspace.root)} {file_sha256(file)}\n".encode())
+    stamp = {"params": params, "data_hash": data.hexdigest(), "code_version": code.hexdigest()}
+    fingerprint = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
+    return {**stamp, "fingerprint": fingerprint}
+
+
+@contextmanager
+def _locked(workspace: Workspace, stage: str, stamp: dict[str, Any]) -> Iterator[Path]:
+    path = workspace.scratch / f"{stage}-{stamp['fingerprint']}"
+    path.mkdir(parents=True, exist_ok=True)
+    owner = path / "owner.pid"
+    # An operating-system lock: it ends with its process, however that ends.
+    lock = FileLock(path / "lock", timeout=LOCK_TIMEOUT_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(
+            f"{path}: process {holder} is still running this stage with the same parameters and data; "
+            f"wait for it, or stop it with `kill {holder}` (it saves first), then run again"
+        ) from None
+    try:
+        owner.write_text(f"{os.getpid()}\n")
+        yield path
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _stage_entry(root: Path, stage: str) -> dict[str, list[str]]:
+    """`deps` and `params` of a stage in dvc.yaml, without what names the item of a matrix."""
+    stages = YAML(typ="safe", pure=True).load(root / "dvc.yaml")["stages"]
+    entry = stages[stage]
+    return {key: [value for value in entry.get(key, []) if "${" not in value] for key in ("deps", "params")}
+
+
+def _look_up(raw: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        raw = raw[part]
+    return raw
+
+
+def _files_that_identify(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    # Prepared data carries the hash of its shards, and reading gigabytes again would say nothing more.
+    return [path / INDEX_NAME] if (path / INDEX_NAME).exists() else sorted(p for p in path.rglob("*") if p.is_file())

@@ -1,0 +1,141 @@
+"""Stage `tokenizer`: a discrete VAE on the prepared images, without labels; or the description of a pixel target."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cae.config import TokenizerConfig
+from cae.data.loader import Batch, steps_per_epoch
+from cae.data.transforms import CropFlip, CropTransform
+from cae.errors import UserError
+from cae.targets.dvae import Dvae, DvaeArchitecture
+from cae.targets.files import AnyTarget, save_target
+from cae.targets.pixels import PixelArchitecture, PixelTarget
+from cae.train.device import Hardware, set_reproducible
+from cae.train.log import Row
+from cae.train.loop import Training
+from cae.train.optimizer import adamw, cosine_schedule
+from pipeline.batches import evaluation_batches, first_images, train_batches, unit_range
+from pipeline.live import curves
+from pipeline.runs import run_folder
+from pipeline.workspace import Workspace
+
+# A code chosen for fewer than this share of its fair part of the patches counts as dead.
+DEAD_SHARE = 0.02
+RESTART_NOISE = 0.1
+# Codes restarted late would not have the time to find patches of their own.
+RESTART_UNTIL = 0.6
+USAGE_IMAGES = 1024
+
+
+def run(workspace: Workspace) -> None:
+    """Write `models/tokenizer`; raise UserError when the codebook's perplexity stays below the stated floor."""
+    index, model, config = workspace.index, workspace.params.model, workspace.params.tokenizer
+    if config.kind == "dvae":
+        target, quality, efficiency = _train_dvae(workspace, config)
+    else:
+        architecture = PixelArchitecture(
+            channels=index.channels, patch_size=model.patch_size, grid=model.grid, per_patch=config.normalize_pixels
+        )
+        target, efficiency = PixelTarget(architecture, index.mean, index.std), {}
+        quality = {"skipped": "tokenizer.kind is pixels, so there is nothing to train"}
+        workspace.curves("tokenizer").mkdir(parents=True, exist_ok=True)
+    with workspace.publish(workspace.target.parent) as folder:
+        save_target(folder / workspace.target.name, target)
+    workspace.write_metrics("tokenizer", quality, efficiency)
+
+
+def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarget, dict[str, float | str], Row]:
+    params, index = workspace.params, workspace.index
+    hardware = Hardware.choose(params.runtime)
+    set_reproducible(params.seed)
+    architecture = DvaeArchitecture(
+        channels=index.channels,
+        patch_size=params.model.patch_size,
+        grid=params.model.grid,
+        vocab_size=config.vocab_size,
+        code_width=config.code_width,
+        hidden_width=config.hidden_width,
+        num_res_blocks=config.num_res_blocks,
+    )
+    dvae = Dvae(architecture, index.mean, index.std).to(hardware.device)
+    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
+    total_steps = config.epochs * per_epoch
+    optimizer = adamw(dvae, config)
+    usage_images = unit_range(first_images(workspace, "train", USAGE_IMAGES)).to(hardware.device)
+
+    def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
+            restart_dead_codes(dvae, usage_images)
+        loss = dvae.training_loss(unit_range(batch["images"]), temperature(config, step, total_steps))
+        parts = {"reconstruction_loss": loss.reconstruction, "unused_nats": loss.unused}
+        return loss.reconstruction + config.usage_weight * loss.unused, parts
+
+    with (
+        run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch) as folder,
+        curves(folder, workspace.curves("tokenizer")) as sink,
+    ):
+        efficiency = Training(
+            name="tokenizer",
+            module=dvae,
+            step=step,
+            optimizer=optimizer,
+            schedule=cosine_schedule(optimizer, config, per_epoch),
+            total_steps=total_steps,
+            batches=train_batches(
+                workspace,
+                CropTransform(CropFlip(params.model.size_px, config)),
+                batch_size=config.batch_size,
+                total_steps=total_steps,
+                hardware=hardware,
+            ),
+            hardware=hardware,
+            sink=sink,
+        ).run(folder)
+    quality = evaluate(workspace, dvae.eval(), hardware)
+    if quality["perplexity"] < config.min_perplexity:
+        raise UserError(
+            f"tokenizer: perplexity {quality['perplexity']:.1f} is below tokenizer.min_perplexity "
+            f"{config.min_perplexity} (usage {quality['usage']:.0%} of {config.vocab_size} codes): the codebook has "
+            "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"
+        )
+    return dvae, {**quality}, efficiency
+
+
+def temperature(config: TokenizerConfig, step: int, total_steps: int) -> float:
+    """Gumbel temperature at a step: a straight line in the logarithm from start to end."""
+    share = step / max(1, total_steps - 1)
+    return config.temperature_start * (config.temperature_end / config.temperature_start) ** share
+
+
+@torch.no_grad()
+def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
+    """Make every code that `images` hardly use a noisy copy of a much used one; return how many were dead."""
+    counts = torch.bincount(dvae.encode(images).flatten(), minlength=dvae.num_outputs)
+    dead = (counts < DEAD_SHARE * counts.float().mean()).nonzero().flatten().tolist()
+    busiest = counts.argsort(descending=True).tolist()
+    for dead_code, busy_code in zip(dead, busiest[: len(counts) // 2], strict=False):
+        dvae.replace_code(dead_code, busy_code, RESTART_NOISE)
+    return len(dead)
+
+
+@torch.inference_mode()
+def evaluate(workspace: Workspace, dvae: Dvae, hardware: Hardware) -> dict[str, float]:
+    """Hard-code reconstruction PSNR, share of the codes in use and perplexity, on the validation images."""
+    counts = torch.zeros(dvae.num_outputs, dtype=torch.float64)
+    squared, num_values = 0.0, 0
+    for batch in evaluation_batches(workspace, "val", workspace.params.tokenizer.batch_size, hardware):
+        images = unit_range(batch["images"].to(hardware.device))
+        tokens = dvae.encode(images)
+        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+        squared += float(F.mse_loss(dvae.decode(tokens).clamp(0, 1), images, reduction="sum"))
+        num_values += images.numel()
+    share = counts / counts.sum()
+    entropy = -(share[share > 0] * share[share > 0].log()).sum()
+    return {
+        "usage": float((counts > 0).double().mean()),
+        "perplexity": float(entropy.exp()),
+        "psnr_db": -10 * math.log10(max(squared / num_values, 1e-10)),
+    }

@@ -1,0 +1,114 @@
+"""Where everything lies. No other module of the project knows a path."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cae.config import Params, load_params
+from cae.data.shards import Index
+from serving.preprocess import Preprocessing
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A checkout of the project: its parameters and the places that the stages read and write."""
+
+    root: Path
+    params_file: Path
+
+    @classmethod
+    def here(cls) -> "Workspace":
+        """The current folder, where DVC runs every stage."""
+        return cls(Path.cwd(), Path("params.yaml"))
+
+    @cached_property
+    def params(self) -> Params:
+        return load_params(self.params_file)
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "data/prepared"
+
+    @property
+    def downloads(self) -> Path:
+        return self.root / "data/downloads"
+
+    @property
+    def target(self) -> Path:
+        return self.root / "models/tokenizer/target.safetensors"
+
+    @property
+    def pretrained(self) -> Path:
+        return self.root / "models/pretrain/cae.safetensors"
+
+    @property
+    def finetuned(self) -> Path:
+        return self.root / "models/finetune"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "models/bundle"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics"
+
+    @property
+    def scratch(self) -> Path:
+        return self.root / "scratch"
+
+    def probe(self, name: str) -> Path:
+        return self.root / f"models/probe/{name}"
+
+    def curves(self, stage: str) -> Path:
+        return self.metrics / "curves" / stage
+
+    @cached_property
+    def index(self) -> Index:
+        return Index.read(self.prepared)
+
+    def preprocessing(self) -> Preprocessing:
+        """Evaluation preprocessing of the prepared images, as the server will do it."""
+        height, width = self.params.model.size_px
+        return Preprocessing(
+            channels=self.index.channels,
+            height=height,
+            width=width,
+            crop_fraction=self.params.model.eval_crop,
+            resample="bicubic",
+        )
+
+    def write_metrics(self, stage: str, quality: dict[str, Any], efficiency: dict[str, float]) -> None:
+        """`metrics/STAGE.json` for what is the same in every run, `metrics/efficiency/STAGE.json` for what is not."""
+        for path, values in ((f"{stage}.json", quality), (f"efficiency/{stage}.json", efficiency)):
+            target = self.metrics / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
+            target.write_text(json.dumps(rounded, indent=2) + "\n")
+
+    def read_metrics(self, stage: str) -> dict[str, Any] | None:
+        """What `write_metrics` wrote as quality, or None."""
+        path = self.metrics / f"{stage}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @contextmanager
+    def publish(self, folder: Path) -> Iterator[Path]:
+        """An empty folder that takes the place of `folder` when the block ends without an error."""
+        self.scratch.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix="publish-", dir=self.scratch))
+        try:
+            yield temporary
+            # mkdtemp makes it private, which would lock out a server that runs as another user.
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
