@@ -68,11 +68,8 @@ class Classifier(nn.Module):
         return self.head(self.fc_norm(self.encoder(images)[:, 1:].mean(dim=1)))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Layers for layer decay, as timm asks for them: 0 is the embedding, then the blocks, then the head."""
-        return {
-            "stem": r"^encoder\.(cls_token|patch_embed)",
-            "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r"^(fc_norm|head)", (99999,))],
-        }
+        """Layers for layer decay, as timm asks for them: the embedding, each block, and the rest, which is the head."""
+        return {"stem": r"^encoder\.(?:cls_token|patch_embed)", "blocks": r"^encoder\.blocks\.(\d+)"}
 
 
 def knn_predict(
