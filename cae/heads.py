@@ -90,6 +90,7 @@ def knn_predict(
     # In chunks, for the similarity matrix of a large validation set would not fit.
     for chunk in F.normalize(queries, dim=1).split(1024):
         similarity, neighbors = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = (similarity / temperature).exp()
+        # Relative to the nearest, or a low temperature would overflow; the order of the classes stays the same.
+        votes = ((similarity - similarity[:, :1]) / temperature).exp()
         scores.append(torch.zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbors], votes))
     return torch.cat(scores)

@@ -78,7 +78,7 @@ class Encoder(nn.Module):
 
     def _blocks(self, embedded: Tensor, count: int, use_drop_path: bool) -> Tensor:
         # Row 0 of the table is zero, so the class token needs no position.
-        x = torch.cat([self.cls_token.expand(len(embedded), -1, -1).to(embedded.dtype), embedded], dim=1)
+        x = torch.cat([self.cls_token.expand(embedded.shape[0], -1, -1).to(embedded.dtype), embedded], dim=1)
         for block in self.blocks[:count]:
             x = block(x, use_drop_path)
         return x
@@ -198,7 +198,7 @@ class ContextAutoencoder(nn.Module):
     def predict_without_regressor(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n k"]:
         """Every patch from its own representation: encoder straight into decoder (Figure 3)."""
         z = self.projection(self.encoder(images)[:, 1:])
-        return self.decoder(z, self.positions[1:].expand(len(z), -1, -1))
+        return self.decoder(z, self.positions[1:].expand(z.shape[0], -1, -1))
 
     def patch_positions(self, index: Int[Tensor, "b m"]) -> Float[Tensor, "b m p"]:
         return self.positions[1:][index]

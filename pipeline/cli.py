@@ -180,7 +180,9 @@ def serve(
 
 def main() -> None:
     """Entry point: user errors are one message without a traceback, and every kind of end has its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("cae", "pipeline", "serving"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         app()
     except UserError as error:

@@ -127,7 +127,7 @@ def export(workspace: Workspace, checkpoint: Path, out: Path, metrics: dict[str,
     with workspace.publish(out) as folder:
         parities = [_write(graph, folder, config) for graph in graphs(loaded, target, images, workspace.params.seed)]
         parity = Parity(max(p.max_abs_diff for p in parities), min(p.token_agreement for p in parities))
-        _gate(parity, config)
+        check_parity(parity, config)
         bundle = describe(workspace, loaded, folder, metrics, parity)
         (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
         (folder / "MODEL_CARD.md").write_text(model_card(bundle))
@@ -217,7 +217,8 @@ def compare(graph: Graph, model: onnx.ModelProto) -> Parity:
     return Parity(difference, agreement)
 
 
-def _gate(parity: Parity, config: ExportConfig) -> None:
+def check_parity(parity: Parity, config: ExportConfig) -> None:
+    """Raise UserError where torch and ONNX Runtime are further apart than `config` allows."""
     if parity.max_abs_diff > config.max_abs_diff or parity.token_agreement < config.min_token_agreement:
         raise UserError(
             f"export: torch and ONNX Runtime differ by {parity.max_abs_diff:.1e} (export.max_abs_diff allows "

@@ -89,7 +89,7 @@ class Workspace:
         for path, values in ((f"{stage}.json", quality), (f"efficiency/{stage}.json", efficiency)):
             target = self.metrics / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
+            rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in values.items()}
             target.write_text(json.dumps(rounded, indent=2) + "\n")
 
     def read_metrics(self, stage: str) -> dict[str, Any] | None:
