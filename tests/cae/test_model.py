@@ -214,7 +214,8 @@ def test_the_projection_maps_both_the_visible_and_the_target(make_case: MakeCase
     output = model(*case.inputs)
     encoder, embedded = model.encoder, model.encoder.embed(case.images)
     z_v, target = (
-        model.projection(encoder.encode(gather_patches(embedded, index))[:, 1:]) for index in (case.visible, case.masked)
+        model.projection(encoder.encode(gather_patches(embedded, index))[:, 1:])
+        for index in (case.visible, case.masked)
     )
     assert output.z_m.shape == output.z_m_target.shape == (BATCH, NUM_MASKED, 8)
     assert torch.equal(output.z_m_target, target)

@@ -83,7 +83,9 @@ def test_hide_fills_what_is_not_visible_with_one_colour_and_keeps_the_rest() -> 
                 assert torch.equal(patch, torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1).expand(3, 2, 2))
 
 
-@pytest.mark.parametrize(("number", "factors"), [(1, []), (2, [2]), (6, [2, 3]), (14, [2, 7]), (16, [2] * 4), (49, [7, 7])])
+@pytest.mark.parametrize(
+    ("number", "factors"), [(1, []), (2, [2]), (6, [2, 3]), (14, [2, 7]), (16, [2] * 4), (49, [7, 7])]
+)
 def test_prime_factors_multiply_to_the_number(number: int, factors: list[int]) -> None:
     assert prime_factors(number) == factors
 

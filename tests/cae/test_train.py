@@ -123,9 +123,7 @@ def whole(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("stop_at", [0, 4, 6, 10])
-def test_a_run_stopped_by_sigterm_and_resumed_equals_one_that_was_not(
-    tmp_path: Path, whole: Run, stop_at: int
-) -> None:
+def test_a_run_stopped_by_sigterm_and_resumed_equals_one_that_was_not(tmp_path: Path, whole: Run, stop_at: int) -> None:
     first = Run()
     first.stop_at = stop_at
     handler = signal.getsignal(signal.SIGTERM)
