@@ -162,6 +162,8 @@ def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> l
 
 def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
     """The graph as ONNX, without anything that tells where or when it was made."""
+    # One object a name, so that the same axis of two inputs is known to be the same.
+    dims = {name: torch.export.Dim(name) for axes in graph.input_axes.values() for name in axes.values()}
     program = torch.onnx.export(
         graph.module.eval(),
         tuple(tensor[:2] for tensor in graph.inputs),
@@ -169,9 +171,7 @@ def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
         output_names=list(graph.outputs),
         opset_version=opset,
         dynamo=True,
-        dynamic_shapes=tuple(
-            {axis: torch.export.Dim(name) for axis, name in axes.items()} for axes in graph.input_axes.values()
-        ),
+        dynamic_shapes=tuple({axis: dims[name] for axis, name in axes.items()} for axes in graph.input_axes.values()),
         verbose=False,
     )
     assert program is not None

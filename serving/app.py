@@ -192,7 +192,7 @@ def _add_embed(app: FastAPI, service: Service) -> None:
             if form == NPY:
                 return npy_response(outputs[names[0]], service.headers())
             shapes = {name: list(array.shape) for name, array in outputs.items()}
-            content = service.common(request) | {"shapes": shapes, "outputs": outputs}
+            content = service.common(request) | {"shapes": shapes} | outputs
             return json_response(content, service.headers())
 
         return await service.work(answer)

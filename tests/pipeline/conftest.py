@@ -24,7 +24,9 @@ MakeWorkspace = Callable[[Path, dict[str, Any]], Workspace]
 
 
 @pytest.fixture(scope="session")
-def make_workspace(new_root: Callable[[Path], Path], write_params: Callable[[Path, dict[str, Any]], None]) -> MakeWorkspace:
+def make_workspace(
+    new_root: Callable[[Path], Path], write_params: Callable[[Path, dict[str, Any]], None]
+) -> MakeWorkspace:
     """A workspace with these parameters and nothing else."""
 
     def make(folder: Path, raw: dict[str, Any]) -> Workspace:

@@ -216,9 +216,7 @@ def test_the_same_parameters_have_the_same_outcome(
         assert "error" not in first
 
 
-def test_source_is_what_is_prepared(
-    tmp_path: Path, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
-) -> None:
+def test_source_is_what_is_prepared(tmp_path: Path, tiny_params: dict[str, Any], make_workspace: MakeWorkspace) -> None:
     raw = with_values(tiny_params, {"prepare.source": "folder:/nowhere"})
     with pytest.raises(UserError, match=r"prepare\.source.*/nowhere"):
         STAGES["prepare"](make_workspace(tmp_path, raw))

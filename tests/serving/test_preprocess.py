@@ -89,7 +89,6 @@ def test_every_format_gives_the_pixels_of_the_file(format: str) -> None:
         ("I;16", "TIFF"),
         ("I;16B", "TIFF"),
         ("CMYK", "TIFF"),
-        ("YCbCr", "TIFF"),
         ("1", "BMP"),
         ("P", "BMP"),
     ],
@@ -121,8 +120,6 @@ def test_every_mode_becomes_8_bit_grey_or_rgb(mode: str, format: str, channels: 
     else:
         image = Image.fromarray(rgb)
         seen = rgb.astype(float)
-        if mode == "YCbCr":
-            image = image.convert("YCbCr")
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.fromarray(alpha))
         opacity = alpha[..., None] / 255
@@ -130,7 +127,7 @@ def test_every_mode_becomes_8_bit_grey_or_rgb(mode: str, format: str, channels: 
     got = prepare(decode(encoded(image, format, **options), max_pixels=MAX_PIXELS), target(16, 16, channels))
     expected = grey_of(seen)[None] if channels == 1 else seen.transpose(2, 0, 1)
     assert got.shape == (channels, 16, 16)
-    np.testing.assert_allclose(got, expected, atol=3 if mode == "YCbCr" else 1.5)
+    np.testing.assert_allclose(got, expected, atol=1.5)
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])

@@ -102,9 +102,9 @@ def test_embed_answers_the_pooled_features_as_json(
     body = response.json()
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
-    assert list(body["outputs"]) == ["pooled"]
+    assert {"pooled", "class", "patches", "attention"} & set(body) == {"pooled"}
     assert body["shapes"] == {"pooled": [1, 3]}
-    np.testing.assert_allclose(body["outputs"]["pooled"], expected_features(image[None])["pooled"], atol=1e-6)
+    np.testing.assert_allclose(body["pooled"], expected_features(image[None])["pooled"], atol=1e-6)
     assert body["grid"] == [4, 4]
     assert response.headers["x-patch-grid"] == "4x4"
     assert body["bundle_sha256"] == response.headers["x-bundle-sha256"] == Bundle.open(tiny_bundle, "cpu").sha256
@@ -123,13 +123,15 @@ def test_each_output_has_its_name_and_values(
     text = http.post("/embed", content=png, params={"outputs": asked}).json()
     assert binary.dtype == np.float32
     np.testing.assert_allclose(binary, expected, atol=1e-6)
-    np.testing.assert_array_equal(np.asarray(text["outputs"][asked], np.float32), binary)
+    np.testing.assert_array_equal(np.asarray(text[asked], np.float32), binary)
     assert text["shapes"][asked] == list(expected.shape)
 
 
 def test_several_outputs_come_in_one_json_and_not_in_one_npy(http: httpx.Client, png: bytes) -> None:
     several = {"outputs": "patches,class,patches"}
-    assert list(http.post("/embed", content=png, params=several).json()["outputs"]) == ["patches", "class"]
+    body = http.post("/embed", content=png, params=several).json()
+    assert {"pooled", "class", "patches", "attention"} & set(body) == {"patches", "class"}
+    assert list(body["shapes"]) == ["patches", "class"]
     error = refused(http.post("/embed", content=png, params=several, headers=NPY), 406, "not_acceptable")
     assert "one output" in error["hint"]
     either = {"Accept": "application/x-npy, application/json;q=0.1"}

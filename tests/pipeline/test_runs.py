@@ -1,0 +1,84 @@
+"""A scratch folder belongs to one process, one set of parameters, one data set, one state of the code."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cae.errors import UserError
+from pipeline import runs
+from pipeline.workspace import Workspace
+from tests.conftest import with_values
+from tests.pipeline.conftest import MakeWorkspace
+from tests.pipeline.test_parameters import on_finished
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from pipeline.runs import run_folder
+    from pipeline.workspace import Workspace
+    root = Path(sys.argv[1])
+    with run_folder(Workspace(root, root / "params.yaml"), "pretrain", 1):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_which_one_holds_the_folder(
+    tmp_path: Path,
+    finished: Workspace,
+    tiny_params: dict[str, Any],
+    make_workspace: MakeWorkspace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    monkeypatch.setattr(runs, "LOCK_TIMEOUT_S", 0.2)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match=str(holder.pid)), runs.run_folder(workspace, "pretrain", 1):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    # The lock ended with its holder, though nothing was cleaned up.
+    with runs.run_folder(workspace, "pretrain", 1):
+        pass
+
+
+def test_the_fingerprint_covers_parameters_data_and_code(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    def fingerprint(workspace: Workspace) -> str:
+        return runs.make_stamp(workspace, "pretrain")["fingerprint"]
+
+    same = on_finished(tmp_path / "same", finished, tiny_params, make_workspace)
+    assert fingerprint(same) == fingerprint(finished)
+
+    other_params = with_values(tiny_params, {"pretrain.lr": 0.5})
+    assert fingerprint(on_finished(tmp_path / "p", finished, other_params, make_workspace)) != fingerprint(same)
+
+    not_its_own = with_values(tiny_params, {"finetune.lr": 0.5})
+    assert fingerprint(on_finished(tmp_path / "o", finished, not_its_own, make_workspace)) == fingerprint(same)
+
+    data = on_finished(tmp_path / "d", finished, tiny_params, make_workspace)
+    index = data.prepared / "index.json"
+    index.write_text(index.read_text().replace('"hash": "', '"hash": "0'))
+    assert fingerprint(data) != fingerprint(same)
+
+    code = on_finished(tmp_path / "c", finished, tiny_params, make_workspace)
+    package = code.root / "cae"
+    original = package.resolve()
+    package.unlink()
+    package.mkdir()
+    for path in original.iterdir():
+        if path.name != "masking.py":
+            (package / path.name).symlink_to(path)
+    (package / "masking.py").write_text((original / "masking.py").read_text() + "# changed\n")
+    assert fingerprint(code) != fingerprint(same)
