@@ -1,54 +1,19 @@
 """Small real data and a small configuration, shared by the tests of the pipeline and of the whole."""
 
-import copy
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Tensors of this size only lose by threads. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
-
-# Seconds instead of minutes: 16 patches, two blocks, one epoch. Drop path on, so that its switches show.
-TINY: dict[str, Any] = {
-    "runtime.precision": "fp32",
-    "prepare.val_fraction": 0.25,
-    "model.depth": 2,
-    "model.width": 32,
-    "model.num_heads": 2,
-    "model.patch_size": 7,
-    "tokenizer.vocab_size": 16,
-    "tokenizer.code_width": 8,
-    "tokenizer.hidden_width": 8,
-    "tokenizer.epochs": 2,
-    "tokenizer.batch_size": 32,
-    "tokenizer.min_perplexity": 1.0,
-    "pretrain.epochs": 2,
-    "pretrain.batch_size": 32,
-    "pretrain.warmup_epochs": 1,
-    "pretrain.drop_path": 0.2,
-    "pretrain.regressor_depth": 1,
-    "pretrain.decoder_depth": 1,
-    "pretrain.checkpoint_every_steps": 2,
-    "pretrain.log_every_steps": 2,
-    "finetune.epochs": 2,
-    "finetune.batch_size": 32,
-    "finetune.warmup_epochs": 1,
-    "finetune.drop_path": 0.2,
-    "finetune.checkpoint_every_steps": 2,
-    "probe.linear.epochs": 2,
-    "probe.linear.batch_size": 32,
-    "probe.linear.warmup_epochs": 1,
-    "probe.attentive.epochs": 2,
-    "probe.attentive.batch_size": 32,
-    "probe.attentive.warmup_epochs": 1,
-    "probe.knn.k": 5,
-    "export.num_parity_images": 8,
-}
+from tests.tiny import ROOT, TINY, shipped_params, with_values
 
 
 @pytest.fixture(scope="session")
@@ -67,40 +32,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shipped_params() -> dict[str, Any]:
-    """params.yaml as it ships."""
-    return YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
-
-
-def with_values(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested parameters with dotted keys replaced; KeyError for a key that is not there."""
-    result = copy.deepcopy(raw)
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        section = result
-        for part in sections:
-            section = section[part]
-        if name not in section:
-            raise KeyError(key)
-        section[name] = value
-    return result
-
-
 @pytest.fixture(scope="session")
 def tiny_params(digits: Path) -> dict[str, Any]:
     """The shipped parameters, made tiny, on the digits."""
     return with_values(shipped_params(), {**TINY, "prepare.source": f"folder:{digits}"})
-
-
-@pytest.fixture(scope="session")
-def write_params() -> Callable[[Path, dict[str, Any]], None]:
-    """Writes params.yaml into a folder."""
-
-    def write(folder: Path, raw: dict[str, Any]) -> None:
-        with (folder / "params.yaml").open("w") as file:
-            YAML(typ="safe", pure=True).dump(raw, file)
-
-    return write
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,6 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_known_ones(
         ("probe__cache_features", 1, "probe.cache_features: input should be a valid boolean, found 1"),
         ("pretrain__epochs", 0, "pretrain.epochs: input should be greater than or equal to 1, found 0"),
         ("pretrain__lr", 0.0, "pretrain.lr: input should be greater than 0, found 0.0"),
-        ("pretrain__lr", float("nan"), "pretrain.lr: input should be greater than 0, found nan"),
         ("pretrain__flip", 1.5, "pretrain.flip: input should be less than or equal to 1, found 1.5"),
         ("finetune__drop_path", 1.0, "finetune.drop_path: input should be less than 1, found 1.0"),
         ("export__opset", 17, "export.opset: input should be greater than or equal to 18, found 17"),
@@ -183,9 +182,12 @@ def test_scientific_notation_is_a_number(tmp_path: Path, number: str) -> None:
     assert load_params(path).pretrain.lr == 0.003
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("path", ["model__layer_scale", "pretrain__lr", "pretrain__mask__ratio"])
-def test_infinity_is_no_number_to_train_with(raw_params: dict[str, Any], path: str) -> None:
-    assert path.replace("__", ".") in refusal(raw_params, **{path: float("inf")})
+def test_infinity_and_nan_are_no_numbers_to_train_with(raw_params: dict[str, Any], path: str, value: float) -> None:
+    message = refusal(raw_params, **{path: value})
+    assert message.startswith(f"p.yaml: {path.replace('__', '.')}: input should be ")
+    assert message.endswith(f"found {value}")
 
 
 def test_parameters_do_not_change_after_loading(raw_params: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT, with_values
+from tests.tiny import ROOT, with_values, write_params
 
 TIMEOUT_S = 600
 
@@ -70,16 +70,12 @@ class Clone:
 
     def set_params(self, **values: Any) -> None:
         """Change dotted keys of params.yaml (with `__` for the dots)."""
-        yaml = YAML(typ="safe", pure=True)
-        raw = yaml.load(self.root / "params.yaml")
-        with (self.root / "params.yaml").open("w") as file:
-            yaml.dump(with_values(raw, {key.replace("__", "."): value for key, value in values.items()}), file)
+        raw = YAML(typ="safe", pure=True).load(self.root / "params.yaml")
+        write_params(self.root, with_values(raw, {key.replace("__", "."): value for key, value in values.items()}))
 
 
 @pytest.fixture(scope="session")
-def make_clone(
-    tiny_params: dict[str, Any], write_params: Callable[[Path, dict[str, Any]], None]
-) -> Callable[[Path], Clone]:
+def make_clone(tiny_params: dict[str, Any]) -> Callable[[Path], Clone]:
     """Clones the repository with its uncommitted changes and makes its parameters tiny."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a Git checkout, so there is nothing to clone")

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import export, finetune, prepare, pretrain, probe, tokenizer
 from pipeline.workspace import Workspace
+from tests.tiny import write_params
 
 STAGES: dict[str, Callable[[Workspace], None]] = {
     "prepare": prepare.run,
@@ -24,9 +25,7 @@ MakeWorkspace = Callable[[Path, dict[str, Any]], Workspace]
 
 
 @pytest.fixture(scope="session")
-def make_workspace(
-    new_root: Callable[[Path], Path], write_params: Callable[[Path, dict[str, Any]], None]
-) -> MakeWorkspace:
+def make_workspace(new_root: Callable[[Path], Path]) -> MakeWorkspace:
     """A workspace with these parameters and nothing else."""
 
     def make(folder: Path, raw: dict[str, Any]) -> Workspace:

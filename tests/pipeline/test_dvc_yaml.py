@@ -8,8 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from cae.config import Params, Section
-from tests.conftest import ROOT, shipped_params
 from tests.pipeline.test_parameters import keys_of
+from tests.tiny import ROOT, shipped_params
 
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 

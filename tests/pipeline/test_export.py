@@ -17,9 +17,9 @@ from pipeline.batches import first_images, unit_range
 from pipeline.workspace import Workspace
 from serving.bundle import Bundle, BundleError
 from serving.masks import random_mask
-from tests.conftest import with_values
 from tests.pipeline.conftest import STAGES, MakeWorkspace
 from tests.pipeline.test_parameters import on_finished
+from tests.tiny import with_values
 
 
 @pytest.fixture(scope="module")

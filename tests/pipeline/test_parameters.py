@@ -17,8 +17,8 @@ from cae.train.device import Hardware
 from pipeline import export
 from pipeline.batches import train_batches
 from pipeline.workspace import Workspace
-from tests.conftest import shipped_params, with_values
 from tests.pipeline.conftest import STAGES, MakeWorkspace
+from tests.tiny import shipped_params, with_values
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from cae.data.shards import ImageShards, Index
 from cae.errors import UserError
 from pipeline import prepare
 from pipeline.workspace import Workspace
-from tests.conftest import with_values
 from tests.pipeline.conftest import STAGES, MakeWorkspace
+from tests.tiny import with_values
 
 
 def prepared(folder: Path, raw: dict[str, Any], make: MakeWorkspace) -> Workspace:

@@ -11,9 +11,9 @@ import pytest
 from cae.errors import UserError
 from pipeline import runs
 from pipeline.workspace import Workspace
-from tests.conftest import with_values
 from tests.pipeline.conftest import MakeWorkspace
 from tests.pipeline.test_parameters import on_finished
+from tests.tiny import with_values
 
 HOLDER = """
     import sys, time
