@@ -31,7 +31,7 @@ ENCODER_SIZES = {
 class Section(BaseModel):
     """A part of params.yaml. Unknown keys are refused; values are not changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RuntimeConfig(Section):
@@ -307,7 +307,7 @@ def load_params(path: Path) -> Params:
         # YAML 1.2, in which 1e-3 is a number as it is for DVC, and a key given twice is an error.
         raw = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run in the root of the project or give --params") from None
+        raise UserError(f"{path}: no such file; run in the root of the project") from None
     except YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):

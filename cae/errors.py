@@ -15,10 +15,10 @@ class Diverged(UserError):  # noqa: N818 (a state of the run)
 
 
 class Interrupted(Exception):  # noqa: N818 (being asked to stop is no error)
-    """A training was asked to stop; everything up to this moment is in a checkpoint."""
+    """A training was asked to stop. `saved` tells whether everything up to this moment is in a checkpoint."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
-        name = signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name} after step {step}, which is saved; run again to go on from there")
+    def __init__(self, signal_number: int, step: int, saved: bool) -> None:
+        outcome = "which is saved; run again to go on from there" if saved else "and starts anew when run again"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}, {outcome}")
         # As a shell reports a process that the signal ended.
         self.exit_code = 128 + signal_number

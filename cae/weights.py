@@ -31,14 +31,14 @@ def save_cae(
     model: ContextAutoencoder,
     architecture: Architecture,
     normalization: Normalization,
-    params: dict[str, Any],
+    origin: dict[str, Any],
 ) -> None:
-    """Write a pretrained CAE."""
+    """Write a pretrained CAE; `origin` tells from which data and with which parameters it was made."""
     metadata = {
         "kind": "cae",
         "architecture": architecture.model_dump(),
         "normalization": normalization._asdict(),
-        "params": params,
+        "origin": origin,
     }
     save_weights(path, model, metadata)
 

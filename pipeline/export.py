@@ -128,7 +128,7 @@ def export(workspace: Workspace, checkpoint: Path, out: Path, metrics: dict[str,
         parities = [_write(graph, folder, config) for graph in graphs(loaded, target, images, workspace.params.seed)]
         parity = Parity(max(p.max_abs_diff for p in parities), min(p.token_agreement for p in parities))
         check_parity(parity, config)
-        bundle = describe(workspace, loaded, folder, metrics, parity)
+        bundle = describe(workspace, loaded, target, folder, metrics, parity)
         (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
         (folder / "MODEL_CARD.md").write_text(model_card(bundle))
     return parity
@@ -137,7 +137,8 @@ def export(workspace: Workspace, checkpoint: Path, out: Path, metrics: dict[str,
 def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> list[Graph]:
     """The three graphs of a bundle, with real images and masks as inputs."""
     rows, columns = loaded.architecture.grid
-    masks = [random_mask(rows * columns, 0.5, seed + i) for i in range(len(images))]
+    ratio = loaded.metadata["origin"]["params"]["pretrain"]["mask"]["ratio"]
+    masks = [random_mask(rows * columns, ratio, seed + i) for i in range(len(images))]
     visible, masked = (torch.from_numpy(np.stack([mask[part] for mask in masks])) for part in (0, 1))
     batch = {"images": {0: "batch"}}
     index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
@@ -228,10 +229,16 @@ def check_parity(parity: Parity, config: ExportConfig) -> None:
 
 
 def describe(
-    workspace: Workspace, loaded: LoadedCae, folder: Path, metrics: dict[str, Any], parity: Parity
+    workspace: Workspace,
+    loaded: LoadedCae,
+    target: AnyTarget,
+    folder: Path,
+    metrics: dict[str, Any],
+    parity: Parity,
 ) -> dict[str, Any]:
     """bundle.json: all that a server has to know about the files beside it."""
-    architecture, params = loaded.architecture, loaded.metadata["params"]
+    architecture, origin = loaded.architecture, loaded.metadata["origin"]
+    params = origin["params"]
     files = sorted(path for path in folder.iterdir() if path.suffix == ".onnx")
     return {
         "format": 1,
@@ -241,7 +248,7 @@ def describe(
             "num_heads": architecture.num_heads,
             "patch_size": architecture.patch_size,
             "grid": list(architecture.grid),
-            "target": params["tokenizer"]["kind"],
+            "target": target.kind,
         },
         "preprocessing": workspace.preprocessing().model_dump(),
         "normalization": loaded.normalization._asdict(),
@@ -250,6 +257,6 @@ def describe(
         "files": {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files},
         "capabilities": {"embed": True, "reconstruct": True, "skip_reconstruct": True},
         "default_mask_ratio": params["pretrain"]["mask"]["ratio"],
-        "params": params,
+        "origin": origin,
         "metrics": {**metrics, "export": parity._asdict()},
     }

@@ -16,7 +16,7 @@ normalisation is inside the graph |
 | patches | {{ model.grid[0] }} × {{ model.grid[1] }} of {{ model.patch_size }} px |
 | width | {{ model.width }}, {{ model.num_heads }} heads |
 | target of pretraining | {{ model.target }} |
-| trained on | {{ params.prepare.source }} |
+| trained on | {{ origin.source }} |
 | opset | {{ opset }}, {{ dtype }} |
 
 ## Use

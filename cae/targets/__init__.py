@@ -13,6 +13,7 @@ Codes = Tensor
 class Target(Protocol):
     """Everything that pretraining and reconstruction need from a target. Images are float32 in 0-1."""
 
+    kind: str  # as in tokenizer.kind
     num_outputs: int
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:

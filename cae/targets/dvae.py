@@ -37,6 +37,7 @@ class DvaeLoss(NamedTuple):
 class Dvae(nn.Module):
     """Tokenizer and its decoder; also the `Target` that predicts its tokens. Images are float32 in 0-1."""
 
+    kind = "dvae"
     mean: Tensor
     std: Tensor
 

@@ -13,8 +13,9 @@ _TARGETS: dict[str, tuple[Any, Any]] = {"dvae": (Dvae, DvaeArchitecture), "pixel
 
 def save_target(path: Path, target: AnyTarget) -> None:
     """Write a target: a trained tokenizer, or the description of a pixel target."""
-    kind = next(name for name, (module, _) in _TARGETS.items() if isinstance(target, module))
-    save_weights(path, target, {"kind": "target", "target": kind, "architecture": target.architecture.model_dump()})
+    save_weights(
+        path, target, {"kind": "target", "target": target.kind, "architecture": target.architecture.model_dump()}
+    )
 
 
 def load_target(path: Path) -> AnyTarget:

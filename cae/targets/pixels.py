@@ -26,6 +26,7 @@ class PixelTarget(nn.Module):
     data set instead: what is hidden stays hidden.
     """
 
+    kind = "pixels"
     mean: Tensor
     std: Tensor
 

@@ -1,9 +1,7 @@
 """Checkpoints of a running training: one file, written whole or not at all."""
 
-import contextlib
 import logging
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ class CheckpointStore:
             try:
                 # Tensors and plain values only: a checkpoint never runs code.
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            except Exception as error:  # torch raises errors of many types on damaged bytes
                 logger.warning("%s cannot be read (%s); trying the one before", path, error)
         return None
 
@@ -52,10 +50,10 @@ def write_atomically(path: Path, payload: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except (OSError, RuntimeError) as error:  # on a full disk torch raises the latter
         raise OSError(f"{path}: the checkpoint could not be written ({error}); the one before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -60,7 +60,7 @@ class Training:
     def run(self, folder: RunFolder | None = None) -> Row:
         """Train to the end, going on from the newest checkpoint in `folder`; return the efficiency figures of this run.
 
-        Raises Interrupted after a signal (state saved) and Diverged when the loss is not finite.
+        Raises Interrupted after a signal (state saved where there is a folder), Diverged when the loss is not finite.
         """
         store = CheckpointStore(folder.path / "checkpoints") if folder else None
         start_step = self._restore(store)
@@ -81,9 +81,10 @@ class Training:
                         self._log(log, meter, done, parts)
                     save_now = folder is not None and done % folder.checkpoint_every_steps == 0
                     if store and folder and (save_now or caught or done == self.total_steps):
+                        self._check_finite(parts["loss"], done)
                         store.save(done, self._state(done, folder.stamp))
                     if caught:
-                        raise Interrupted(caught[0], done)
+                        raise Interrupted(caught[0], done, saved=store is not None)
             finally:
                 log.close()
         return meter.summary()
@@ -102,15 +103,18 @@ class Training:
         return {"loss": loss, **parts}
 
     def _log(self, log: TrainLog, meter: "_Meter", done: int, parts: dict[str, Tensor]) -> None:
-        # The only place that reads values back from the device.
+        self._check_finite(parts["loss"], done)
+        # Here and where a checkpoint is saved values are read back from the device, and nowhere else.
         values = {key: float(value.detach()) for key, value in parts.items()}
-        if not math.isfinite(values["loss"]):
-            raise Diverged(
-                f"{self.name}: the loss is {values['loss']} after {done} steps; lower the learning rate, lengthen the "
-                "warm-up, or set runtime.precision to fp32, and run again"
-            )
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         log.row(done, {**values, **meter.recent()})
+
+    def _check_finite(self, loss: Tensor, done: int) -> None:
+        if not math.isfinite(loss.detach()):
+            raise Diverged(
+                f"{self.name}: the loss is {float(loss)} after {done} steps; lower the learning rate, lengthen the "
+                "warm-up, or set runtime.precision to fp32, and run again"
+            )
 
     def _state(self, step: int, stamp: dict[str, Any]) -> dict[str, Any]:
         rng = {"cpu": torch.get_rng_state()}

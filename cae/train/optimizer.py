@@ -19,9 +19,11 @@ def adamw(module: nn.Module, config: OptimizationConfig, layer_decay: float | No
     """
     no_decay = [name for name, _ in module.named_parameters() if name.endswith(("cls_token", "mask_query"))]
     if layer_decay is None:
-        groups = param_groups_weight_decay(module, config.weight_decay, no_decay)
+        groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=no_decay)
     else:
-        groups = param_groups_layer_decay(module, config.weight_decay, no_decay, layer_decay=layer_decay)
+        groups = param_groups_layer_decay(
+            module, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=layer_decay
+        )
     return AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
 
 

@@ -133,13 +133,13 @@ def test_a_saved_model_gives_the_same_outputs(
         assert torch.equal(ours, theirs)
 
 
-def test_a_loaded_model_knows_its_sizes_normalisation_and_parameters(
+def test_a_loaded_model_knows_its_sizes_normalisation_and_origin(
     loaded: LoadedCae, make_architecture: MakeArchitecture
 ) -> None:
     assert not loaded.model.training
     assert loaded.architecture == make_architecture(predictor_width=8)
     assert loaded.normalization == NORMALIZATION
-    assert loaded.metadata["params"] == {"seed": 3}
+    assert loaded.metadata["origin"] == {"seed": 3}
 
 
 @pytest.mark.parametrize(

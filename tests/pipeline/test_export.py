@@ -98,7 +98,7 @@ def test_files_tell_nothing_of_the_machine(finished: Workspace) -> None:
 
 def test_bundle_json_names_where_the_model_comes_from(finished: Workspace) -> None:
     described = json.loads((finished.bundle / "bundle.json").read_text())
-    assert described["params"]["prepare"]["source"] == finished.params.prepare.source
+    assert described["origin"]["source"] == finished.params.prepare.source
     assert described["metrics"]["probe_linear"] == finished.read_metrics("probe_linear")
     assert described["preprocessing"] == finished.preprocessing().model_dump()
     card = (finished.bundle / "MODEL_CARD.md").read_text()
