@@ -60,6 +60,17 @@ def test_the_attentive_head_at_its_start_is_the_mean_of_its_values() -> None:
     torch.testing.assert_close(head(tokens), head.classifier(pooled))
 
 
+def test_the_attentive_head_normalises_query_keys_and_values_each_its_own_way() -> None:
+    head = AttentiveHead(16, 2, 5).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    tokens = torch.randn(3, 7, 16)
+    query = head.norm_q(head.query).expand(3, -1, -1)
+    pooled = head.attn.cross(query, head.norm_k(tokens), head.norm_v(tokens))
+    torch.testing.assert_close(head(tokens), head.classifier(pooled[:, 0]))
+
+
 def test_the_attentive_head_learns_to_choose_among_tokens() -> None:
     head = AttentiveHead(16, 2, 5)
     F.cross_entropy(head(torch.randn(6, 7, 16)), torch.arange(6) % 5).backward()

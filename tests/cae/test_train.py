@@ -168,6 +168,21 @@ def test_a_run_without_a_folder_trains_as_one_with_a_folder(whole: Run) -> None:
     assert_same_weights(whole.module, alone.module)
 
 
+def test_a_run_without_a_folder_does_not_claim_to_be_saved() -> None:
+    run = Run()
+    run.stop_at = 2
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3, and starts anew"):
+        run.training().run()
+
+
+def test_a_run_trains_in_train_mode_whatever_the_mode_before(tmp_path: Path, whole: Run) -> None:
+    other = Run()
+    other.module.eval()
+    other.go(tmp_path / "other")
+    assert_same_weights(whole.module, other.module)
+    assert whole.module[1].num_batches_tracked == TOTAL_STEPS
+
+
 def test_another_seed_trains_other_weights(tmp_path: Path, whole: Run) -> None:
     other = Run(seed=1)
     other.go(tmp_path / "other")
@@ -294,6 +309,26 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
     state = store.load_newest()
     assert state is not None
     assert state["step"] == 1
+
+
+class Witness:
+    """Notes which files there are while it is being saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen: list[str] = []
+
+    def __reduce__(self) -> tuple[type[dict[str, int]], tuple[()]]:
+        self.seen = [path.name for path in self.folder.glob("step-*.pt")]
+        return dict, ()
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    store, witness = CheckpointStore(tmp_path), Witness(tmp_path)
+    store.save(1, {"step": 1})
+    store.save(2, {"step": 2, "witness": witness})
+    assert witness.seen == ["step-000000001.pt"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_payload_that_cannot_be_saved_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
