@@ -101,14 +101,14 @@ class ModelConfig(Section):
 
 def check_heads(width: int, num_heads: int, heads_key: str, width_key: str) -> None:
     """Raise ValueError unless the heads divide the width and the 2-D sin-cos table fits it."""
+    if width % 4:
+        raise ValueError(f"{width_key}: {width} is not a multiple of 4, which 2-D sin-cos positions need")
     if width % num_heads:
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - num_heads))
         raise ValueError(
             f"{heads_key}: {num_heads} heads do not divide the {width_key} {width}; the nearest is {nearest}"
         )
-    if width % 4:
-        raise ValueError(f"{width_key}: {width} is not a multiple of 4, which 2-D sin-cos positions need")
 
 
 class Architecture(Section):
@@ -306,8 +306,8 @@ def load_params(path: Path) -> Params:
     try:
         # YAML 1.2, in which 1e-3 is a number as it is for DVC, and a key given twice is an error.
         raw = YAML(typ="safe", pure=True).load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run in the root of the project") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run in the root of the project") from None
     except YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):

@@ -172,7 +172,7 @@ class ContextAutoencoder(nn.Module):
         """`images` are normalised; `visible` and `masked` are ascending patch indices, row-major."""
         embedded = self.encoder.embed(images)
         # The pass with gradient comes first: autocast keeps its bf16 copies of the weights for the second pass, and
-        # copies made under no_grad would cut the gradient off.
+        # some versions of torch lose the gradient of copies that were first made under no_grad.
         z_m = self.regress(embedded, visible, masked)
         with torch.no_grad():
             target = self.encoder.encode(gather_patches(embedded, masked), self.alignment_drop_path)[:, 1:]

@@ -4,6 +4,7 @@ Modules are imported inside the commands, for torch takes seconds that `--help` 
 """
 
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Annotated
 import typer
 
 from cae.errors import Interrupted, UserError
+
+# Read when torch is first imported. Waiting threads that spin for long starve a shared processor: beside one busy
+# process pretraining then ran at 128 instead of 186 images/s, and alone as fast with either.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 EXIT_USER_ERROR = 2
 EXIT_PARTIAL = 3

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cae.errors import UserError
 
@@ -63,7 +63,10 @@ class Index(BaseModel):
         path = folder / INDEX_NAME
         if not path.exists():
             raise UserError(f"{path}: no prepared data; run `dvc repro prepare` (or `make repro`) first")
-        return cls.model_validate_json(path.read_bytes())
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(f"{path}: damaged ({error}); run `dvc repro --force prepare` to make it again") from None
 
     def write(self, folder: Path) -> None:
         (folder / INDEX_NAME).write_text(self.model_dump_json(indent=2) + "\n")

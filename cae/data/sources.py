@@ -135,7 +135,7 @@ class Folder:
         if not folder.is_dir():
             raise UserError(f"prepare.source: {folder} is not a folder; give `folder:PATH` with an existing PATH")
         self.folder = folder
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.files:
             raise UserError(
                 f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path"

@@ -105,7 +105,7 @@ class Dvae(nn.Module):
     def replace_code(self, dead: int, alive: int, noise: float) -> None:
         """Restart a dead code as a noisy copy of one in use, so that the two share its patches."""
         for weight in (self.to_logits.weight, self.codebook):
-            weight[dead] = weight[alive] + noise * weight[alive].std() * torch.randn_like(weight[alive])
+            weight[dead] = weight[alive] + noise * weight[alive].std(correction=0) * torch.randn_like(weight[alive])
         if self.to_logits.bias is not None:
             self.to_logits.bias[dead] = self.to_logits.bias[alive]
 

@@ -58,7 +58,7 @@ class PixelTarget(nn.Module):
         if not self.architecture.per_patch:
             mean, std = self._per_value()
             return (codes - mean) / std
-        mean, variance = codes.mean(-1, keepdim=True), codes.var(-1, keepdim=True)
+        mean, variance = codes.mean(-1, keepdim=True), codes.var(-1, keepdim=True, correction=0)
         return (codes - mean) / (variance + VARIANCE_FLOOR).sqrt()
 
     def _per_value(self) -> tuple[Tensor, Tensor]:

@@ -110,9 +110,10 @@ class Training:
         log.row(done, {**values, **meter.recent()})
 
     def _check_finite(self, loss: Tensor, done: int) -> None:
-        if not math.isfinite(loss.detach()):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise Diverged(
-                f"{self.name}: the loss is {float(loss)} after {done} steps; lower the learning rate, lengthen the "
+                f"{self.name}: the loss is {value} after {done} steps; lower the learning rate, lengthen the "
                 "warm-up, or set runtime.precision to fp32, and run again"
             )
 

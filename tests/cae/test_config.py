@@ -169,7 +169,7 @@ def test_a_file_without_sections_is_an_error(tmp_path: Path, text: str, found: s
 
 
 def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file.*root of the project"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read.*root of the project"):
         load_params(tmp_path / "nowhere.yaml")
 
 

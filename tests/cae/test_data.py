@@ -127,6 +127,10 @@ def test_the_size_of_a_shard_is_up_to_the_caller(tmp_path: Path) -> None:
     assert len(write_split(tmp_path, "train", range(10), shard_mb=1)) == 1
     assert len(write_split(tmp_path, "train", range(10), shard_mb=1e-6)) == 10
     assert ShardWriter(tmp_path, "val", 1).close() == []
+    writer = ShardWriter(tmp_path, "train", shard_mb=0.0003)
+    for number in range(10):
+        writer.add(Row(str(number), 0, bytes(100)))
+    assert [shard.count for shard in writer.close()] == [3, 3, 3, 1]
 
 
 def test_opened_shards_travel_to_workers_without_their_images(prepared: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae.blocks import Attention
+from cae.blocks import Attention, Block, RegressorBlock
 from cae.config import Architecture
 from cae.model import ContextAutoencoder, Encoder, alignment_loss, drop_path_rates, gather_patches
-from cae.targets import hide
+from cae.targets import hide, patchify, unpatchify
 
 MakeArchitecture = Callable[..., Architecture]
 DrawMasks = Callable[..., tuple[Tensor, Tensor]]
@@ -162,9 +162,14 @@ def test_the_order_of_visible_patches_does_not_matter_where_positions_go_along(m
     torch.testing.assert_close(shuffled, case.model.predict(*case.inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_swapped_rows_and_columns_of_pixels_are_another_image(make_case: MakeCase) -> None:
-    case = make_case(grid=(4, 4))
-    assert not torch.allclose(case.model.encoder(case.images)[:, 0], case.model.encoder(case.images.mT)[:, 0])
+def test_the_same_patches_in_another_order_are_another_image(make_case: MakeCase) -> None:
+    case = make_case()
+    shuffled = unpatchify(patchify(case.images, 2)[:, torch.randperm(20)], (4, 5), 2)
+    assert not torch.allclose(case.model.encoder(case.images)[:, 0], case.model.encoder(shuffled)[:, 0])
+    # In a picture of one colour nothing but positions tells patches apart.
+    plain = case.model.encoder.embed(torch.ones(1, 3, 8, 10))
+    positions = case.model.encoder.positions[1:]
+    torch.testing.assert_close(plain[0] - plain[0, 0], positions - positions[0], rtol=0, atol=1e-5)
 
 
 def test_the_alignment_target_has_no_drop_path_unless_asked(make_case: MakeCase) -> None:
@@ -180,6 +185,20 @@ def test_the_alignment_target_has_no_drop_path_unless_asked(make_case: MakeCase)
     torch.manual_seed(1)
     official = case.model(*case.inputs)
     assert not torch.allclose(official.z_m_target, quiet.z_m_target)
+
+
+def test_drop_path_skips_attention_and_mlp_of_whole_images() -> None:
+    block = Block(16, 2, layer_scale=0.5, drop_path=0.9)
+    regressor_block = RegressorBlock(16, 2, layer_scale=0.5, drop_path=0.9)
+    x, z_v, positions_m, positions_v = (torch.randn(400, n, 16) for n in (3, 5, 3, 5))
+    for output, skipped in (
+        (block(x), x),
+        (regressor_block(x, z_v, positions_m, positions_v), regressor_block.norm2(x)),
+    ):
+        untouched = (output == skipped).all(dim=(1, 2)).sum().item()
+        # 400 draws in which both branches go, with probability 0.81: five standard deviations are 39.
+        assert abs(untouched - 324) < 39
+    assert not (block(x, use_drop_path=False) == x).all(dim=(1, 2)).any()
 
 
 def test_the_switch_for_drop_path_on_the_target_is_passed_on(make_architecture: MakeArchitecture) -> None:
