@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,16 +166,21 @@ def to_onnx(graph: Graph, opset: int) -> onnx.ModelProto:
     """The graph as ONNX, without anything that tells where or when it was made."""
     # One object a name, so that the same axis of two inputs is known to be the same.
     dims = {name: torch.export.Dim(name) for axes in graph.input_axes.values() for name in axes.values()}
-    program = torch.onnx.export(
-        graph.module.eval(),
-        tuple(tensor[:2] for tensor in graph.inputs),
-        input_names=list(graph.input_axes),
-        output_names=list(graph.outputs),
-        opset_version=opset,
-        dynamo=True,
-        dynamic_shapes=tuple({axis: dims[name] for axis, name in axes.items()} for axes in graph.input_axes.values()),
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # The inputs share their batch axis on purpose, and the exporter warns of every such axis.
+        warnings.filterwarnings("ignore", message="# The axis name")
+        program = torch.onnx.export(
+            graph.module.eval(),
+            tuple(tensor[:2] for tensor in graph.inputs),
+            input_names=list(graph.input_axes),
+            output_names=list(graph.outputs),
+            opset_version=opset,
+            dynamo=True,
+            dynamic_shapes=tuple(
+                {axis: dims[name] for axis, name in axes.items()} for axes in graph.input_axes.values()
+            ),
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     # Source paths of this machine and names of Python objects are no part of a model.
