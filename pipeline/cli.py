@@ -14,8 +14,7 @@ import typer
 
 from cae.errors import Interrupted, UserError
 
-# Read when torch is first imported. Waiting threads that spin for long starve a shared processor: beside one busy
-# process pretraining then ran at 128 instead of 186 images/s, and alone as fast with either.
+# Read when torch is first imported. Threads of OpenMP that spin for long while they wait starve a shared processor.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 EXIT_USER_ERROR = 2

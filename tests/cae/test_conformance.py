@@ -1,6 +1,7 @@
 """Our forward pass equals the official code's, within 1e-5 (numbers: tests/data/cae_forward.json)."""
 
 import json
+import logging
 import re
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 
 from cae.config import Architecture
 from cae.model import ContextAutoencoder, alignment_loss
+
+logger = logging.getLogger(__name__)
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "cae_forward.json").read_text())
 TOLERANCE = 1e-5
@@ -153,6 +156,7 @@ def test_forward_agrees_with_the_official_code(name: str) -> None:
         theirs = case[key]
         assert list(ours.shape) == theirs["shape"]
         difference = np.abs(ours.flatten()[:: theirs["stride"]].numpy() - np.array(theirs["values"])).max()
+        logger.info("%s %s: %.1e", name, key, difference)
         assert difference < TOLERANCE, key
     losses = {
         "decoding_loss": decoding,
@@ -160,4 +164,5 @@ def test_forward_agrees_with_the_official_code(name: str) -> None:
         "total_loss_lambda2": decoding + 2 * alignment,
     }
     for key, loss in losses.items():
+        logger.info("%s %s: %.1e", name, key, abs(loss.item() - case[key]))
         assert abs(loss.item() - case[key]) < TOLERANCE, key
