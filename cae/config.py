@@ -208,16 +208,28 @@ class PretrainConfig(OptimizationConfig, CropConfig):
 class FinetuneConfig(OptimizationConfig, CropConfig):
     layer_decay: PositiveFraction
     drop_path: Annotated[float, Field(ge=0, lt=1)]
-    rand_augment: str | None
+    rand_augment: Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)[0-9.]+)*$")] | None
     mixup: NonNegative
     cutmix: NonNegative
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     random_erase: Fraction
     checkpoint_every_steps: Count
 
+    @model_validator(mode="after")
+    def pairs_fit(self) -> Self:
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size: {self.batch_size} must be even, for mixup and cutmix mix images in pairs")
+        return self
+
 
 class HeadConfig(OptimizationConfig, CropConfig):
     """A head trained on a frozen encoder."""
+
+    @model_validator(mode="after")
+    def batch_has_a_variance(self) -> Self:
+        if self.batch_size < 2:
+            raise ValueError("batch_size: 1 is too small for the head's BatchNorm; expected at least 2")
+        return self
 
 
 class AttentiveConfig(HeadConfig):

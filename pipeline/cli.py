@@ -8,11 +8,16 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cae.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipeline.workspace import Workspace
 
 # Read when torch is first imported. Threads of OpenMP that spin for long while they wait starve a shared processor.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -52,45 +57,40 @@ class DeviceName(StrEnum):
 def prepare() -> None:
     """Stage 1: images of `prepare.source` to shards."""
     from pipeline import prepare as stage
-    from pipeline.workspace import Workspace
 
-    stage.run(Workspace.here())
+    _run("prepare", stage.run)
 
 
 @app.command()
 def tokenizer() -> None:
     """Stage 2: train the image tokenizer."""
     from pipeline import tokenizer as stage
-    from pipeline.workspace import Workspace
 
-    stage.run(Workspace.here())
+    _run("tokenizer", stage.run)
 
 
 @app.command()
 def pretrain() -> None:
     """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
     from pipeline import pretrain as stage
-    from pipeline.workspace import Workspace
 
-    stage.run(Workspace.here())
+    _run("pretrain", stage.run)
 
 
 @app.command()
 def finetune() -> None:
     """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
     from pipeline import finetune as stage
-    from pipeline.workspace import Workspace
 
-    stage.run(Workspace.here())
+    _run("finetune", stage.run)
 
 
 @app.command()
 def probe(name: Annotated[ProbeName, typer.Argument(help="Which probe.")]) -> None:
     """Stage 5: measure the frozen encoder, pretrained and random."""
     from pipeline import probe as stage
-    from pipeline.workspace import Workspace
 
-    stage.run(Workspace.here(), name.value)
+    _run(f"probe_{name.value}", lambda workspace: stage.run(workspace, name.value))
 
 
 @app.command()
@@ -104,10 +104,10 @@ def export(
     from pipeline import export as stage
     from pipeline.workspace import Workspace
 
-    workspace = Workspace.here()
     if checkpoint is None and out is None:
-        stage.run(workspace)
+        _run("export", stage.run)
         return
+    workspace = Workspace.here()
     source = checkpoint or workspace.pretrained
     file = source / workspace.pretrained.name if source.is_dir() else source
     stage.export(workspace, file, out or workspace.bundle, metrics={})
@@ -180,6 +180,16 @@ def serve(
     flags = {"--bundle": bundle, "--host": host, "--port": port, "--device": device}
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     raise typer.Exit(serve_main([text for pair in given for text in pair]))
+
+
+def _run(stage: str, run: "Callable[[Workspace], None]") -> None:
+    """A stage in the current folder, alone."""
+    from pipeline.runs import stage_lock
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    with stage_lock(workspace, stage):
+        run(workspace)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, prepare
 logger = logging.getLogger(__name__)
 
 OUT_SUFFIXES = (".parquet", ".npz")
+PICTURE_SUFFIXES = (".png", ".jpg", ".webp")
 
 
 def open_bundle(folder: Path, device: Device) -> Bundle:
@@ -45,8 +46,7 @@ def embed(bundle: Bundle, images: Sequence[Path], out: Path, outputs: Sequence[O
     A file that cannot be read is left out with a warning, and the others are written all the same. Raises UserError
     for an unknown kind of output file, a missing path, or when no image at all can be read.
     """
-    if out.suffix not in OUT_SUFFIXES:
-        raise UserError(f"--out: {out} must end in {' or '.join(OUT_SUFFIXES)}")
+    check_out(out, OUT_SUFFIXES)
     files = find_images(images)
     left_out: list[Path] = []
     writer = _ParquetWriter(out, bundle) if out.suffix == ".parquet" else _NpzWriter(out)
@@ -65,6 +65,7 @@ def reconstruct(
     bundle: Bundle, image: Path, out: Path, *, mask_ratio: float | None, seed: int, view: View, skip_regressor: bool
 ) -> None:
     """Write the picture of a reconstruction, the same as `POST /reconstruct` answers."""
+    check_out(out, PICTURE_SUFFIXES)
     try:
         pixels = prepare(decode(image.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), bundle.info.preprocessing)
     except OSError as error:
@@ -84,6 +85,14 @@ def reconstruct(
         raise UserError(str(error)) from None
     draw(view, pixels, result, masked, model.patch_size).save(out)
     logger.info("%s written", out)
+
+
+def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError, before any work, for a file that could not be written."""
+    if out.suffix not in suffixes:
+        raise UserError(f"--out: {out} must end in {' or '.join(suffixes)}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent}; make it first")
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -29,4 +29,5 @@ def curves(folder: RunFolder, publish_to: Path) -> Iterator[Callable[[int, Row],
 
         yield sink
     shutil.rmtree(publish_to, ignore_errors=True)
+    (path / "plots" / "metrics").mkdir(parents=True, exist_ok=True)
     shutil.copytree(path / "plots" / "metrics", publish_to)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cae.config import PrepareConfig
+from cae.config import OptimizationConfig, Params, PrepareConfig
 from cae.data.shards import UNLABELLED, Index, Row, ShardInfo, ShardWriter, Split
 from cae.data.sources import Source, open_source
 from cae.errors import UserError
@@ -60,11 +60,12 @@ class Preparation(Dataset[Prepared | Reject]):
         return len(self.source)
 
     def __getitem__(self, position: int) -> Prepared | Reject:
-        item, data = self.source[position], self.source.read(position)
+        item = self.source[position]
         try:
+            data = self.source.read(position)
             image = decode(data, max_pixels=MAX_PIXELS)
             image, data = self._store(image, data)
-        except ImageError as error:
+        except (ImageError, OSError) as error:
             return Reject(item.key, str(error))
         pixels = np.asarray(image, dtype=np.float64).reshape(-1, self.channels) / 255
         label = UNLABELLED if item.label is None else item.label
@@ -113,7 +114,8 @@ def run(workspace: Workspace) -> None:
         _write_rejects(folder / "rejects.csv", rejects)
         _check_rejects(rejects, len(source), config, workspace)
         shards = [shard for split in SPLITS for shard in writers[split].close()]
-        index = _index(config.source, source.classes, channels, moments / max(num_pixels, 1), shards)
+        index = _index(public_name(config.source), source.classes, channels, moments / max(num_pixels, 1), shards)
+        check_batch_sizes(params, index)
         index.write(folder)
     _check_labels(index)
     workspace.write_metrics(
@@ -126,6 +128,12 @@ def run(workspace: Workspace) -> None:
         },
         {"images_per_s": len(source) / (time.perf_counter() - started), "wall_s": time.perf_counter() - started},
     )
+
+
+def public_name(source: str) -> str:
+    """The source without the folders above it: a path of this machine has no place in what is published."""
+    kind, _, location = source.partition(":")
+    return f"{kind}:{Path(location).name}" if location else kind
 
 
 def count_channels(source: Source, num_workers: int) -> int:
@@ -164,6 +172,20 @@ def assign_splits(source: Source, val_fraction: float, seed: int) -> list[Split]
         for position in members[:num_val]:
             splits[position] = "val"
     return splits
+
+
+def check_batch_sizes(params: Params, index: Index) -> None:
+    """Raise UserError where a later stage could not fill one batch, before hours of the stages between."""
+    num_train = index.count["train"]
+    sections: dict[str, OptimizationConfig] = {"pretrain": params.pretrain}
+    if params.tokenizer.kind == "dvae":
+        sections["tokenizer"] = params.tokenizer
+    if index.classes:
+        sections |= {"finetune": params.finetune, "probe.linear": params.probe.linear}
+        sections["probe.attentive"] = params.probe.attentive
+    wrong = [f"{name}.batch_size: {s.batch_size}" for name, s in sections.items() if s.batch_size > num_train]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: more than the {num_train} training images; set at most {num_train}")
 
 
 def _in_order(dataset: Dataset[Any], num_workers: int, name: str) -> Iterable[Any]:
@@ -206,6 +228,7 @@ def _check_rejects(rejects: list[Reject], total: int, config: PrepareConfig, wor
     for reject in rejects[:SHOWN_REJECTS]:
         logger.warning("%s is not used: %s", reject.key, reject.reason)
     if len(rejects) > config.max_reject_fraction * total or len(rejects) == total:
+        workspace.scratch.mkdir(exist_ok=True)
         path = workspace.scratch / "rejects.csv"
         _write_rejects(path, rejects)
         raise UserError(

@@ -21,6 +21,13 @@ LOCK_TIMEOUT_S = 30
 
 
 @contextmanager
+def stage_lock(workspace: Workspace, stage: str) -> Iterator[None]:
+    """Held over all of a stage, its outputs included, whatever the parameters; errors as `run_folder`."""
+    with _hold(workspace.scratch / "locks" / stage):
+        yield
+
+
+@contextmanager
 def run_folder(workspace: Workspace, stage: str, checkpoint_every_steps: int) -> Iterator[RunFolder]:
     """The scratch folder of this stage with these parameters, data and code; one process at a time.
 
@@ -57,6 +64,12 @@ def make_stamp(workspace: Workspace, stage: str) -> dict[str, Any]:
 @contextmanager
 def _locked(workspace: Workspace, stage: str, stamp: dict[str, Any]) -> Iterator[Path]:
     path = workspace.scratch / f"{stage}-{stamp['fingerprint']}"
+    with _hold(path):
+        yield path
+
+
+@contextmanager
+def _hold(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     owner = path / "owner.pid"
     # An operating-system lock: it ends with its process, however that ends.
@@ -66,12 +79,12 @@ def _locked(workspace: Workspace, stage: str, stamp: dict[str, Any]) -> Iterator
     except Timeout:
         holder = owner.read_text().strip() if owner.exists() else "unknown"
         raise UserError(
-            f"{path}: process {holder} is still running this stage with the same parameters and data; "
+            f"{path}: process {holder} is still running this stage; "
             f"wait for it, or stop it with `kill {holder}` (it saves first), then run again"
         ) from None
     try:
         owner.write_text(f"{os.getpid()}\n")
-        yield path
+        yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()

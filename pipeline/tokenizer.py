@@ -1,5 +1,6 @@
 """Stage `tokenizer`: a discrete VAE on the prepared images, without labels; or the description of a pixel target."""
 
+import itertools
 import math
 
 import torch
@@ -27,7 +28,7 @@ DEAD_SHARE = 0.02
 RESTART_NOISE = 0.1
 # Codes restarted late would not have the time to find patches of their own.
 RESTART_UNTIL = 0.6
-USAGE_IMAGES = 1024
+USAGE_IMAGES, USAGE_BATCH = 1024, 64
 
 
 def run(workspace: Workspace) -> None:
@@ -64,7 +65,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
     optimizer = adamw(dvae, config)
-    usage_images = unit_range(first_images(workspace, "train", USAGE_IMAGES)).to(hardware.device)
+    usage_images = first_images(workspace, "train", USAGE_IMAGES).to(hardware.device)
 
     def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
@@ -112,11 +113,13 @@ def temperature(config: TokenizerConfig, step: int, total_steps: int) -> float:
 
 @torch.no_grad()
 def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
-    """Make every code that `images` hardly use a noisy copy of a much used one; return how many were dead."""
-    counts = torch.bincount(dvae.encode(images).flatten(), minlength=dvae.num_outputs)
+    """Make every code that `images` (uint8) hardly use a noisy copy of a much used one; return how many were dead."""
+    counts = torch.zeros(dvae.num_outputs, dtype=torch.int64, device=images.device)
+    for chunk in images.split(USAGE_BATCH):
+        counts += torch.bincount(dvae.encode(unit_range(chunk)).flatten(), minlength=dvae.num_outputs)
     dead = (counts < DEAD_SHARE * counts.float().mean()).nonzero().flatten().tolist()
-    busiest = counts.argsort(descending=True).tolist()
-    for dead_code, busy_code in zip(dead, busiest[: len(counts) // 2], strict=False):
+    alive = [code for code in counts.argsort(descending=True).tolist() if code not in set(dead)]
+    for dead_code, busy_code in zip(dead, itertools.cycle(alive), strict=False):
         dvae.replace_code(dead_code, busy_code, RESTART_NOISE)
     return len(dead)
 

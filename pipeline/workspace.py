@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,15 +99,14 @@ class Workspace:
     @contextmanager
     def publish(self, folder: Path) -> Iterator[Path]:
         """An empty folder that takes the place of `folder` when the block ends without an error."""
-        self.scratch.mkdir(exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix="publish-", dir=self.scratch))
+        # Beside its destination, so that the last step is a rename on one filesystem.
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
-            yield temporary
-            # mkdtemp makes it private, which would lock out a server that runs as another user.
-            temporary.chmod(0o755)
+            yield partial
             if folder.exists():
                 shutil.rmtree(folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(folder)
+            partial.replace(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)

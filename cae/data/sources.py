@@ -1,6 +1,7 @@
 """Where images come from: a URL-like string names a source of encoded images."""
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,6 +13,9 @@ from PIL import Image
 from cae.data.shards import Split
 from cae.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+VAL_FOLDERS = ("val", "valid", "validation", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -78,11 +82,17 @@ class Cifar10:
                     f"prepare.source: {folder} holds no {pattern}; give a folder with CIFAR-10 as parquet files, "
                     "or `cifar10` alone for the library's own download"
                 )
-            table = parquet.read_table(files, columns=["image", "label"])
+            table = parquet.read_table(files)
+            name = next((name for name in ("image", "img") if name in table.column_names), None)
+            if name is None or "label" not in table.column_names:
+                raise UserError(
+                    f"prepare.source: {files[0]} has the columns {', '.join(table.column_names)}; "
+                    "expected image (or img) and label"
+                )
             labels = table["label"].to_pylist()
             self.items += [SourceItem(f"cifar10/{split}/{i:05d}", label, split) for i, label in enumerate(labels)]
             # `datasets` writes a struct of bytes and path; other writers the bytes alone.
-            column = table["image"].combine_chunks()
+            column = table[name].combine_chunks()
             images.append(column.field("bytes") if pa.types.is_struct(column.type) else column)
         self.images = pa.concat_arrays(images)
 
@@ -128,7 +138,9 @@ class Cifar10Download:
 class Folder:
     """Every image file below a folder. Class sub-folders give labels; images directly in the folder have none.
 
-    `train/` and `val/` (or `test/`) at the top are taken as the split.
+    Where the top has `train/` and otherwise only `val/`, `valid/`, `validation/` or `test/`, these are the split; of
+    several validation folders the first of that list is used and the others are left out with a warning. With `train/`
+    alone the split is drawn as usual.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,7 +153,13 @@ class Folder:
                 f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path"
             )
         tops = {path.relative_to(folder).parts[0] for path in self.files}
-        self.has_split = "train" in tops and tops <= {"train", "val", "test"} and len(tops) == 2
+        self.has_split = "train" in tops and tops <= {"train", *VAL_FOLDERS}
+        self.val_folder = next((name for name in VAL_FOLDERS if name in tops), None) if self.has_split else None
+        if self.has_split:
+            used = {"train", self.val_folder}
+            self.files = [path for path in self.files if path.relative_to(folder).parts[0] in used]
+            if left_out := tops - used:
+                logger.warning("%s: %s left out; %s is validation", folder, ", ".join(left_out), self.val_folder)
         names = [self._class_name(path) for path in self.files]
         # One image without a class folder means that folders are no classes.
         self.classes = [] if None in names or len(set(names)) < 2 else sorted({name for name in names if name})
@@ -154,7 +172,7 @@ class Folder:
         path = self.files[position]
         name = self._class_name(path)
         parts = path.relative_to(self.folder).parts
-        split: Split | None = ("train" if parts[0] == "train" else "val") if self.has_split else None
+        split: Split | None = ("val" if parts[0] == self.val_folder else "train") if self.val_folder else None
         label = self._numbers[name] if self.classes and name is not None else None
         return SourceItem("/".join(parts), label, split)
 

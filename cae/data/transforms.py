@@ -28,23 +28,24 @@ EvalTransform = Callable[[Image.Image], UInt8[np.ndarray, "c h w"]]
 
 
 def random_crop_box(
-    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float]
+    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], target_aspect: float = 1.0
 ) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a crop of `size` (width, height) that keeps a share of the area within `scale`.
 
-    The aspect ratio is 3/4 to 4/3; after ten draws that do not fit, the largest centred crop within those ratios.
+    The aspect ratio is 3/4 to 4/3 of `target_aspect` (width by height of what it is resized to); after ten draws that
+    do not fit, the largest centred crop within those ratios.
     """
     width, height = size
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))
+        aspect = target_aspect * math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = int(rng.integers(width - crop_width + 1))
             top = int(rng.integers(height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
-    crop_width = min(width, max(1, round(height * ASPECT_RATIOS[1])))
-    crop_height = min(height, max(1, round(width / ASPECT_RATIOS[0])))
+    crop_width = min(width, max(1, round(height * target_aspect * ASPECT_RATIOS[1])))
+    crop_height = min(height, max(1, round(width / (target_aspect * ASPECT_RATIOS[0]))))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 
@@ -58,7 +59,7 @@ class CropFlip:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         height, width = self.size_px
-        box = random_crop_box(rng, image.size, self.config.crop_scale)
+        box = random_crop_box(rng, image.size, self.config.crop_scale, width / height)
         if box != (0, 0, width, height) or image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         if rng.random() < self.config.flip:
@@ -120,7 +121,8 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # Of the CPU alone: torch.manual_seed would also seed the GPUs, whose state is not restored here.
+        torch.random.default_generator.manual_seed(seed)
         try:
             yield
         finally:

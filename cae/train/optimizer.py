@@ -29,10 +29,11 @@ def adamw(module: nn.Module, config: OptimizationConfig, layer_decay: float | No
 
 def cosine_schedule(optimizer: Optimizer, config: OptimizationConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then cosine to `min_lr` at the last step; advanced by step, not by epoch."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=config.epochs * steps_per_epoch - warmup,
+        t_initial=total - warmup,
         lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_prefix=True,

@@ -151,3 +151,26 @@ def test_mnist5k_has_five_hundred_grey_digits_of_each_class(tmp_path: Path) -> N
     with Image.open(io.BytesIO(source.read(0))) as image:
         assert (image.mode, image.size) == ("L", (28, 28))
         assert np.asarray(image).max() > 200
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "splits"),
+    [
+        (("train", "val", "test"), ["cat", "dog"], {"train", "val"}),
+        (("train", "valid"), ["cat", "dog"], {"train", "val"}),
+        (("train",), ["cat", "dog"], {None}),
+        (("train", "car", "bus"), ["bus", "car", "train"], {None}),
+    ],
+)
+def test_split_folders_are_told_from_classes(
+    tmp_path: Path, folders: tuple[str, ...], classes: list[str], splits: set[str | None]
+) -> None:
+    for folder in folders:
+        for name in ("cat", "dog"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "1.png").write_bytes(b"bytes are not read here")
+    source = open_source(f"folder:{tmp_path}", tmp_path, tmp_path)
+    assert source.classes == classes
+    items = [source[position] for position in range(len(source))]
+    assert {item.split for item in items} == splits
+    assert not any(item.key.startswith("test/") for item in items)

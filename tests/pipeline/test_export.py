@@ -98,7 +98,7 @@ def test_files_tell_nothing_of_the_machine(finished: Workspace) -> None:
 
 def test_bundle_json_names_where_the_model_comes_from(finished: Workspace) -> None:
     described = json.loads((finished.bundle / "bundle.json").read_text())
-    assert described["origin"]["source"] == finished.params.prepare.source
+    assert described["origin"]["source"] == f"folder:{Path(finished.params.prepare.source).name}"
     assert described["metrics"]["probe_linear"] == finished.read_metrics("probe_linear")
     assert described["preprocessing"] == finished.preprocessing().model_dump()
     card = (finished.bundle / "MODEL_CARD.md").read_text()
@@ -123,6 +123,22 @@ def test_where_parity_is_missed_nothing_is_published(
     with pytest.raises(UserError, match=r"export\.max_abs_diff"):
         export.run(workspace)
     assert (workspace.bundle / "bundle.json").read_bytes() == before
+
+
+def test_a_single_parity_image_leaves_the_batch_free(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace, images: np.ndarray
+) -> None:
+    raw = with_values(tiny_params, {"export.num_parity_images": 1})
+    workspace = on_finished(tmp_path, finished, raw, make_workspace)
+    export.run(workspace)
+    assert Bundle.open(workspace.bundle, "cpu").embed(images[:3])["pooled"].shape == (3, 32)
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(finished: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(UserError, match="no bundle"):
+        export.export(finished, finished.pretrained, tmp_path, {})
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
 
 
 def test_pixel_targets_are_exported_too(

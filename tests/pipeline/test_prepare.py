@@ -44,7 +44,8 @@ def folder_of(path: Path, images: dict[str, Image.Image | bytes]) -> Path:
 
 def of_folder(raw: dict[str, Any], folder: Path, **values: Any) -> dict[str, Any]:
     changed = {key.replace("__", "."): value for key, value in values.items()}
-    return with_values(raw, {"prepare.source": f"folder:{folder}", **changed})
+    small = {"pretrain.batch_size": 2, "tokenizer.batch_size": 2}
+    return with_values(raw, {"prepare.source": f"folder:{folder}", **small, **changed})
 
 
 def test_digits_are_split_by_class_and_described(finished: Workspace) -> None:
@@ -171,3 +172,17 @@ def test_without_labels_pretraining_and_export_work_and_the_labelled_stages_are_
     assert "no labels" in caplog.text
     assert Index.read(workspace.prepared).channels == 3
     assert (workspace.bundle / "encoder.onnx").exists()
+
+
+def test_batches_that_no_later_stage_could_fill_are_refused_at_once(
+    tmp_path: Path, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    raw = with_values(tiny_params, {"probe.linear.batch_size": 512, "pretrain.batch_size": 256})
+    with pytest.raises(UserError, match=r"pretrain\.batch_size: 256, probe\.linear\.batch_size: 512.* 120 "):
+        prepared(tmp_path, raw, make_workspace)
+
+
+def test_no_path_of_the_machine_is_published(finished: Workspace) -> None:
+    folder = str(Path(finished.params.prepare.source.removeprefix("folder:")).parent)
+    for path in (finished.prepared / "index.json", finished.pretrained, *finished.bundle.iterdir()):
+        assert folder.encode() not in path.read_bytes(), path

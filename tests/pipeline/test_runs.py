@@ -18,23 +18,25 @@ from tests.tiny import with_values
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from pipeline.runs import run_folder
+    from pipeline.runs import stage_lock
     from pipeline.workspace import Workspace
     root = Path(sys.argv[1])
-    with run_folder(Workspace(root, root / "params.yaml"), "pretrain", 1):
+    with stage_lock(Workspace(root, root / "params.yaml"), "pretrain"):
         print("held", flush=True)
         time.sleep(60)
 """
 
 
-def test_a_second_process_is_told_which_one_holds_the_folder(
+def test_a_second_process_is_told_which_one_runs_the_stage(
     tmp_path: Path,
     finished: Workspace,
     tiny_params: dict[str, Any],
     make_workspace: MakeWorkspace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    # Other parameters than the orphan's: it would still write the same outputs.
+    other = with_values(tiny_params, {"pretrain.lr": 0.5})
+    workspace = on_finished(tmp_path, finished, other, make_workspace)
     monkeypatch.setattr(runs, "LOCK_TIMEOUT_S", 0.2)
     holder = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -42,13 +44,15 @@ def test_a_second_process_is_told_which_one_holds_the_folder(
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     try:
-        with pytest.raises(UserError, match=str(holder.pid)), runs.run_folder(workspace, "pretrain", 1):
+        with pytest.raises(UserError, match=str(holder.pid)), runs.stage_lock(workspace, "pretrain"):
+            pass
+        with runs.stage_lock(workspace, "finetune"):
             pass
     finally:
         holder.kill()
         holder.wait()
     # The lock ended with its holder, though nothing was cleaned up.
-    with runs.run_folder(workspace, "pretrain", 1):
+    with runs.stage_lock(workspace, "pretrain"):
         pass
 
 
