@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Draws reconstruction.png from the bundle that `make repro` made: three validation digits, half of their patches hidden.
+# The first of them is digit.png, which README's examples send.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)
@@ -14,6 +15,7 @@ shards = ImageShards(Path("data/prepared"), "val")
 for number, position in enumerate((210, 510, 810)):
     shards.image(position).save(f"{sys.argv[1]}/{number}.png")
 PY
+cp "$folder/0.png" docs/images/digit.png
 for number in 0 1 2; do
     .venv/bin/cae-pipe reconstruct "$folder/$number.png" --seed "$number" --view side_by_side --out "$folder/row$number.png"
 done
