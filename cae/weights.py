@@ -7,14 +7,8 @@ import torch
 
 from cae.config import Architecture
 from cae.model import ContextAutoencoder, Encoder
+from cae.normalization import Normalization
 from cae.storage import load_into, read_architecture, read_weights, save_weights
-
-
-class Normalization(NamedTuple):
-    """Mean and standard deviation of each channel, pixels in 0-1."""
-
-    mean: list[float]
-    std: list[float]
 
 
 class LoadedCae(NamedTuple):

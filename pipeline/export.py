@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from cae.config import ExportConfig
 from cae.data.shards import file_sha256
 from cae.errors import UserError
+from cae.normalization import Normalize
 from cae.targets import reconstruct
 from cae.targets.files import AnyTarget, load_target
 from cae.train.device import set_reproducible
-from cae.weights import LoadedCae, Normalization, load_cae
+from cae.weights import LoadedCae, load_cae
 from pipeline.batches import first_images, unit_range
 from pipeline.model_card import model_card
 from pipeline.workspace import Workspace
@@ -72,21 +73,6 @@ class SkipReconstructorGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         prediction = self.model.predict_without_regressor(self.normalize(unit_range(images)))
         return self.target.decode(self.target.codes_from(prediction)).clamp(0, 1), prediction
-
-
-class Normalize(nn.Module):
-    """Mean off, standard deviation out."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, normalization: Normalization) -> None:
-        super().__init__()
-        for name, values in normalization._asdict().items():
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
 
 
 class Graph(NamedTuple):

@@ -13,12 +13,13 @@ from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import FinetuneTransform, seeded
 from cae.heads import Classifier
 from cae.model import Encoder
+from cae.normalization import Normalize
 from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import RunFolder, Training
 from cae.train.optimizer import adamw, cosine_schedule
-from cae.weights import LoadedCae, Normalization, load_cae, pretrained_encoder, random_encoder
+from cae.weights import LoadedCae, load_cae, pretrained_encoder, random_encoder
 from pipeline.batches import evaluation_batches, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
@@ -30,10 +31,9 @@ class LabelledStep:
     """Erasing, mixing and the loss of the paper's recipe, on a batch of the loader; random by (seed, step) alone."""
 
     def __init__(
-        self, model: Classifier, config: FinetuneConfig, normalization: Normalization, num_classes: int, seed: int
+        self, model: Classifier, config: FinetuneConfig, normalize: Normalize, num_classes: int, seed: int
     ) -> None:
-        self.model, self.seed = model, seed
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+        self.model, self.normalize, self.seed = model, normalize, seed
         self.erase = RandomErasing(config.random_erase, mode="pixel", device="cpu") if config.random_erase else None
         self.mixup: Mixup | None = None
         self.loss: Any = LabelSmoothingCrossEntropy(config.label_smoothing)
@@ -44,16 +44,13 @@ class LabelledStep:
             self.loss = SoftTargetCrossEntropy()
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        images, labels = self.normalize(batch["images"]), batch["labels"].long()
+        images, labels = self.normalize(unit_range(batch["images"])), batch["labels"].long()
         with seeded(self.seed + step):
             if self.erase:
                 images = self.erase(images)
             if self.mixup:
                 images, labels = self.mixup(images, labels)
         return self.loss(self.model(images).float(), labels), {}
-
-    def normalize(self, images: Tensor) -> Tensor:
-        return (unit_range(images) - self.mean.to(images.device)) / self.std.to(images.device)
 
 
 def run(workspace: Workspace) -> None:
@@ -63,10 +60,8 @@ def run(workspace: Workspace) -> None:
         return
     loaded = load_cae(workspace.pretrained)
     seed = workspace.params.seed
-    with (
-        run_folder(workspace, "finetune", workspace.params.finetune.checkpoint_every_steps) as folder,
-        curves(folder, workspace.curves("finetune")) as sink,
-    ):
+    folder = run_folder(workspace, "finetune", workspace.params.finetune.checkpoint_every_steps)
+    with curves(folder, workspace.curves("finetune")) as sink:
         drop_path = workspace.params.finetune.drop_path
         model, scores, efficiency = train(workspace, pretrained_encoder(loaded, drop_path), loaded, folder, sink)
         beside = RunFolder(folder.path / "random_init", folder.checkpoint_every_steps, folder.stamp)
@@ -93,7 +88,8 @@ def train(
     set_reproducible(params.seed)
     num_classes = len(index.classes)
     model = Classifier(encoder, num_classes).to(hardware.device)
-    step = LabelledStep(model, config, loaded.normalization, num_classes, params.seed)
+    normalize = Normalize(loaded.normalization).to(hardware.device)
+    step = LabelledStep(model, config, normalize, num_classes, params.seed)
     optimizer = adamw(model, config, config.layer_decay)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
@@ -118,5 +114,6 @@ def train(
     scores = Scores()
     with torch.inference_mode():
         for batch in evaluation_batches(workspace, "val", config.batch_size, hardware):
-            scores.add(model(step.normalize(batch["images"].to(hardware.device))).cpu(), batch["labels"])
+            images = normalize(unit_range(batch["images"].to(hardware.device)))
+            scores.add(model(images).cpu(), batch["labels"])
     return model, scores, efficiency

@@ -10,12 +10,13 @@ from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
 from cae.model import CaeOutput, ContextAutoencoder, alignment_loss
+from cae.normalization import Normalization, Normalize
 from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
-from cae.weights import Normalization, save_cae
+from cae.weights import save_cae
 from pipeline.batches import evaluation_batches, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
@@ -29,12 +30,11 @@ class Objective:
         self, model: ContextAutoencoder, target: AnyTarget, normalization: Normalization, alignment_weight: float
     ) -> None:
         self.model, self.target, self.alignment_weight = model, target, alignment_weight
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+        self.normalize = Normalize(normalization)
 
     def to(self, device: torch.device) -> "Objective":
-        self.model.to(device)
-        self.target.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        for module in (self.model, self.target, self.normalize):
+            module.to(device)
         return self
 
     def __call__(self, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,7 +50,7 @@ class Objective:
         # Targets in float32: under autocast near ties between codes would fall either way.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             codes = take(self.target.encode(images), batch["masked"])
-        return self.model((images - self.mean) / self.std, batch["visible"], batch["masked"]), codes
+        return self.model(self.normalize(images), batch["visible"], batch["masked"]), codes
 
 
 def run(workspace: Workspace) -> None:
@@ -68,10 +68,8 @@ def run(workspace: Workspace) -> None:
     optimizer = adamw(model, config)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
-    with (
-        run_folder(workspace, "pretrain", config.checkpoint_every_steps) as folder,
-        curves(folder, workspace.curves("pretrain")) as sink,
-    ):
+    folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
+    with curves(folder, workspace.curves("pretrain")) as sink:
         efficiency = Training(
             name="pretrain",
             module=model,

@@ -18,6 +18,7 @@ from cae.data.shards import Split
 from cae.data.transforms import CropFlip, CropTransform
 from cae.heads import AttentiveHead, LinearHead, knn_predict
 from cae.model import Encoder
+from cae.normalization import Normalize
 from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
@@ -61,12 +62,15 @@ class FrozenEncoder:
     loaded: LoadedCae
     hardware: Hardware
 
+    def __post_init__(self) -> None:
+        self.encoder.to(self.hardware.device)
+        self.normalize = Normalize(self.loaded.normalization).to(self.hardware.device)
+
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """Features of uint8 images [b, c, h, w], in float32."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in self.loaded.normalization)
         with torch.autocast(images.device.type, enabled=False):
-            return self.encoder((unit_range(images) - mean) / std)
+            return self.encoder(self.normalize(unit_range(images)))
 
     def features(self, workspace: Workspace, split: Split) -> Features:
         """Features of every image of a split with evaluation preprocessing, on the CPU."""
@@ -88,8 +92,6 @@ def run(workspace: Workspace, name: str) -> None:
         FrozenEncoder("pretrained", pretrained_encoder(loaded), loaded, hardware),
         FrozenEncoder("random_init", random_encoder(loaded, params.seed), loaded, hardware),
     )
-    for frozen in encoders:
-        frozen.encoder.to(hardware.device)
     probes = {"linear": linear, "attentive": attentive, "knn": knn}
     with workspace.publish(workspace.probe(name)) as folder:
         quality, efficiency = probes[name](workspace, encoders, folder)

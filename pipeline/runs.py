@@ -1,4 +1,4 @@
-"""Scratch folders of running stages: one for each combination of parameters, data and code, held by one process."""
+"""Running stages: one process for each, and a scratch folder for each combination of parameters, data and code."""
 
 import hashlib
 import json
@@ -22,26 +22,27 @@ LOCK_TIMEOUT_S = 30
 
 @contextmanager
 def stage_lock(workspace: Workspace, stage: str) -> Iterator[None]:
-    """Held over all of a stage, its outputs included, whatever the parameters; errors as `run_folder`."""
+    """Held over all of a stage, scratch folder and outputs included, whatever its parameters.
+
+    Raises UserError when another process (an orphan of an earlier run, say) still runs the stage.
+    """
     with _hold(workspace.scratch / "locks" / stage):
         yield
 
 
-@contextmanager
-def run_folder(workspace: Workspace, stage: str, checkpoint_every_steps: int) -> Iterator[RunFolder]:
-    """The scratch folder of this stage with these parameters, data and code; one process at a time.
-
-    Raises UserError when another process (an orphan of an earlier run, say) still writes there.
-    """
+def run_folder(workspace: Workspace, stage: str, checkpoint_every_steps: int) -> RunFolder:
+    """The scratch folder of this stage with these parameters, data and code, under the lock of the stage."""
     stamp = make_stamp(workspace, stage)
-    with _locked(workspace, stage, stamp) as path:
-        yield RunFolder(path, checkpoint_every_steps, stamp)
+    path = _scratch_folder(workspace, stage, stamp)
+    path.mkdir(parents=True, exist_ok=True)
+    return RunFolder(path, checkpoint_every_steps, stamp)
 
 
 @contextmanager
 def shared_folder(workspace: Workspace, stage: str) -> Iterator[Path]:
-    """As `run_folder`, for results that several stages share and only the first computes."""
-    with _locked(workspace, stage, make_stamp(workspace, stage)) as path:
+    """As `run_folder`, for results that several stages share and only the first computes: it has a lock of its own."""
+    path = _scratch_folder(workspace, stage, make_stamp(workspace, stage))
+    with _hold(path):
         yield path
 
 
@@ -61,11 +62,8 @@ def make_stamp(workspace: Workspace, stage: str) -> dict[str, Any]:
     return {**stamp, "fingerprint": fingerprint}
 
 
-@contextmanager
-def _locked(workspace: Workspace, stage: str, stamp: dict[str, Any]) -> Iterator[Path]:
-    path = workspace.scratch / f"{stage}-{stamp['fingerprint']}"
-    with _hold(path):
-        yield path
+def _scratch_folder(workspace: Workspace, stage: str, stamp: dict[str, Any]) -> Path:
+    return workspace.scratch / f"{stage}-{stamp['fingerprint']}"
 
 
 @contextmanager

@@ -74,10 +74,8 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
         parts = {"reconstruction_loss": loss.reconstruction, "unused_nats": loss.unused}
         return loss.reconstruction + config.usage_weight * loss.unused, parts
 
-    with (
-        run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch) as folder,
-        curves(folder, workspace.curves("tokenizer")) as sink,
-    ):
+    folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
+    with curves(folder, workspace.curves("tokenizer")) as sink:
         efficiency = Training(
             name="tokenizer",
             module=dvae,

@@ -1,6 +1,5 @@
 """The one training loop: tokenizer, pretraining, fine-tuning and probe heads all run through it."""
 
-import itertools
 import logging
 import math
 import signal
@@ -155,7 +154,7 @@ class _Meter:
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         iterator = iter(batches)
-        for _ in itertools.count():
+        while True:
             before = time.perf_counter()
             batch = next(iterator, None)
             self.wait_s += time.perf_counter() - before
