@@ -196,6 +196,7 @@ class PretrainConfig(OptimizationConfig, CropConfig):
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     mask: MaskConfig
     alignment_weight: NonNegative
+    alignment_warmup_epochs: NonNegative
     alignment_drop_path: bool
     predictor_width: Count | None
     predictor_num_heads: Count | None

@@ -27,22 +27,29 @@ class Objective:
     """Equation 1: decoding loss plus λ times alignment loss, on a batch of the loader."""
 
     def __init__(
-        self, model: ContextAutoencoder, target: AnyTarget, normalization: Normalization, alignment_weight: float
+        self,
+        model: ContextAutoencoder,
+        target: AnyTarget,
+        normalization: Normalization,
+        alignment_weight: float,
+        alignment_warmup_steps: int,
     ) -> None:
-        self.model, self.target, self.alignment_weight = model, target, alignment_weight
+        self.model, self.target = model, target
         self.normalize = Normalize(normalization)
+        self.alignment_weight, self.alignment_warmup_steps = alignment_weight, alignment_warmup_steps
 
     def to(self, device: torch.device) -> "Objective":
         for module in (self.model, self.target, self.normalize):
             module.to(device)
         return self
 
-    def __call__(self, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         output, codes = self.forward(batch)
         decoding = self.target.loss(output.prediction, codes)
         alignment = alignment_loss(output.z_m, output.z_m_target)
         parts = {"decoding_loss": decoding, "alignment_loss": alignment, "latent_variance": latent_variance(output)}
-        return decoding + self.alignment_weight * alignment, parts
+        weight = self.alignment_weight * min(1.0, (step + 1) / max(1, self.alignment_warmup_steps))
+        return decoding + weight * alignment, parts
 
     def forward(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
         """The model's output and the targets of the masked patches."""
@@ -63,10 +70,11 @@ def run(workspace: Workspace) -> None:
     architecture = params.architecture(index.channels, target.num_outputs)
     normalization = Normalization(index.mean, index.std)
     model = ContextAutoencoder(architecture, config.drop_path, config.alignment_drop_path)
-    objective = Objective(model, target, normalization, config.alignment_weight).to(hardware.device)
+    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
+    warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
+    objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
     masks = mask_sampler(workspace)
     optimizer = adamw(model, config)
-    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
     with curves(folder, workspace.curves("pretrain")) as sink:
