@@ -49,18 +49,21 @@ class Attention(nn.Module):
         self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b m d"]:
         """Cross-attention."""
-        q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
-        return self._attend(
-            self._heads(F.linear(query, q_weight, self.q_bias)),
-            self._heads(F.linear(key, k_weight)),
-            self._heads(F.linear(value, v_weight, self.v_bias)),
-        )
+        v_weight = self.qkv.weight.chunk(3)[2]
+        return self._attend(*self._query_and_key(query, key), self._heads(F.linear(value, v_weight, self.v_bias)))
+
+    def cross_weights(self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"]) -> Float[Tensor, "b h m n"]:
+        """Attention weights of cross-attention, per head."""
+        return _weights(*self._query_and_key(query, key))
 
     def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
         """Attention weights of the first token (the class token) over all tokens, per head."""
         query, key, _ = self._self_projections(x)
-        scores = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        return scores.softmax(dim=-1).squeeze(2)
+        return _weights(query[:, :, :1], key).squeeze(2)
+
+    def _query_and_key(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        q_weight, k_weight, _ = self.qkv.weight.chunk(3)
+        return self._heads(F.linear(query, q_weight, self.q_bias)), self._heads(F.linear(key, k_weight))
 
     def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -73,11 +76,14 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b n d"]:
         if query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward.
-            weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-            mixed = weights.softmax(dim=-1) @ value
+            mixed = _weights(query, key) @ value
         else:
             mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _weights(query: Float[Tensor, "b h m e"], key: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h m n"]:
+    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
 class LayerScale(nn.Module):

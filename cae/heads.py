@@ -41,9 +41,15 @@ class AttentiveHead(nn.Module):
         self.classifier = LinearHead(width, num_classes)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b k"]:
-        query = self.norm_q(self.query).expand(len(tokens), -1, -1)
-        pooled = self.attn.cross(query, self.norm_k(tokens), self.norm_v(tokens))
+        pooled = self.attn.cross(self._queries(tokens), self.norm_k(tokens), self.norm_v(tokens))
         return self.classifier(pooled.squeeze(1))
+
+    def attention(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
+        """Attention weights of the query over the tokens, per head (Figure 5)."""
+        return self.attn.cross_weights(self._queries(tokens), self.norm_k(tokens)).squeeze(2)
+
+    def _queries(self, tokens: Tensor) -> Tensor:
+        return self.norm_q(self.query).expand(len(tokens), -1, -1)
 
 
 class Classifier(nn.Module):

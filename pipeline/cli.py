@@ -114,6 +114,23 @@ def export(
 
 
 @app.command()
+def report() -> None:
+    """Stage 7: one page about the last run, report/index.html."""
+    from pipeline import report as stage
+
+    _run("report", stage.run)
+
+
+@app.command()
+def seeds(numbers: Annotated[list[int], typer.Argument(min=0, help="Seeds, e.g. 0 1 2.")]) -> None:
+    """Run the pipeline once for every seed; the report then shows the spread."""
+    from pipeline import seeds as runs
+    from pipeline.workspace import Workspace
+
+    runs.run(Workspace.here(), numbers)
+
+
+@app.command()
 def results() -> None:
     """Print the figures of the last run."""
     from pipeline import results as table

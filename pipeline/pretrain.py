@@ -13,6 +13,7 @@ from cae.model import CaeOutput, ContextAutoencoder, alignment_loss
 from cae.normalization import Normalization, Normalize
 from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
+from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
@@ -21,6 +22,9 @@ from pipeline.batches import evaluation_batches, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.workspace import Workspace
+
+# Healthy runs of docs/small-scale.md start at 0.1, dip to 0.04 at most and end above 0.4.
+COLLAPSED_VARIANCE = 0.02
 
 
 class Objective:
@@ -96,6 +100,7 @@ def run(workspace: Workspace) -> None:
             clip_grad=config.clip_grad,
             log_every_steps=config.log_every_steps,
             sink=sink,
+            alarms=(collapse_alarm(round(config.warmup_epochs * per_epoch)),),
         ).run(folder)
     model.eval()
     quality = evaluate(workspace, objective, masks, hardware)
@@ -104,6 +109,17 @@ def run(workspace: Workspace) -> None:
         origin = {"source": index.source, "data_hash": index.hash, "params": folder.stamp["params"]}
         save_cae(published / workspace.pretrained.name, model, architecture, normalization, origin)
     workspace.write_metrics("pretrain", quality, efficiency)
+
+
+def collapse_alarm(from_step: int) -> Alarm:
+    """Sounds when the encoder gives all patches of an image the same representation."""
+    return Alarm(
+        key="latent_variance",
+        floor=COLLAPSED_VARIANCE,
+        from_step=from_step,
+        meaning="the alignment has collapsed the representation, all patches of an image look alike to the encoder",
+        advice="Lower pretrain.alignment_weight or pretrain.lr, or set pretrain.alignment_warmup_epochs",
+    )
 
 
 def mask_sampler(workspace: Workspace) -> MaskSampler:

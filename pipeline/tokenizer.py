@@ -11,9 +11,10 @@ from cae.config import TokenizerConfig
 from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import UserError
-from cae.targets.dvae import Dvae, DvaeArchitecture
+from cae.targets.dvae import Dvae, DvaeArchitecture, perplexity
 from cae.targets.files import AnyTarget, save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
+from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import Training
@@ -71,7 +72,11 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
         if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
             restart_dead_codes(dvae, usage_images)
         loss = dvae.training_loss(unit_range(batch["images"]), temperature(config, step, total_steps))
-        parts = {"reconstruction_loss": loss.reconstruction, "unused_nats": loss.unused}
+        parts = {
+            "reconstruction_loss": loss.reconstruction,
+            "unused_nats": loss.unused,
+            "perplexity": loss.perplexity,
+        }
         return loss.reconstruction + config.usage_weight * loss.unused, parts
 
     folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
@@ -92,6 +97,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
             ),
             hardware=hardware,
             sink=sink,
+            alarms=(collapse_alarm(config, round(RESTART_UNTIL * total_steps)),),
         ).run(folder)
     quality = evaluate(workspace, dvae.eval(), hardware)
     if quality["perplexity"] < config.min_perplexity:
@@ -103,6 +109,17 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
     return dvae, {**quality}, efficiency
 
 
+def collapse_alarm(config: TokenizerConfig, from_step: int) -> Alarm:
+    """Sounds when the images of a batch share too few codes, from where dead codes are no longer restarted."""
+    return Alarm(
+        key="perplexity",
+        floor=config.min_perplexity,
+        from_step=from_step,
+        meaning="the codebook is collapsing, and a tokenizer that ends below tokenizer.min_perplexity fails its stage",
+        advice="Raise tokenizer.usage_weight, lower tokenizer.vocab_size or tokenizer.lr",
+    )
+
+
 def temperature(config: TokenizerConfig, step: int, total_steps: int) -> float:
     """Gumbel temperature at a step: a straight line in the logarithm from start to end."""
     share = step / max(1, total_steps - 1)
@@ -112,9 +129,8 @@ def temperature(config: TokenizerConfig, step: int, total_steps: int) -> float:
 @torch.no_grad()
 def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
     """Make every code that `images` (uint8) hardly use a noisy copy of a much used one; return how many were dead."""
-    counts = torch.zeros(dvae.num_outputs, dtype=torch.int64, device=images.device)
-    for chunk in images.split(USAGE_BATCH):
-        counts += torch.bincount(dvae.encode(unit_range(chunk)).flatten(), minlength=dvae.num_outputs)
+    chunks = images.split(USAGE_BATCH)
+    counts = torch.stack([dvae.count_codes(dvae.encode(unit_range(chunk))) for chunk in chunks]).sum(dim=0)
     dead = (counts < DEAD_SHARE * counts.float().mean()).nonzero().flatten().tolist()
     alive = [code for code in counts.argsort(descending=True).tolist() if code not in set(dead)]
     for dead_code, busy_code in zip(dead, itertools.cycle(alive), strict=False):
@@ -125,18 +141,16 @@ def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
 @torch.inference_mode()
 def evaluate(workspace: Workspace, dvae: Dvae, hardware: Hardware) -> dict[str, float]:
     """Hard-code reconstruction PSNR, share of the codes in use and perplexity, on the validation images."""
-    counts = torch.zeros(dvae.num_outputs, dtype=torch.float64)
+    counts = torch.zeros(dvae.num_outputs, dtype=torch.int64)
     squared, num_values = 0.0, 0
     for batch in evaluation_batches(workspace, "val", workspace.params.tokenizer.batch_size, hardware):
         images = unit_range(batch["images"].to(hardware.device))
         tokens = dvae.encode(images)
-        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+        counts += dvae.count_codes(tokens).cpu()
         squared += float(F.mse_loss(dvae.decode(tokens).clamp(0, 1), images, reduction="sum"))
         num_values += images.numel()
-    share = counts / counts.sum()
-    entropy = -(share[share > 0] * share[share > 0].log()).sum()
     return {
         "usage": float((counts > 0).double().mean()),
-        "perplexity": float(entropy.exp()),
+        "perplexity": float(perplexity(counts)),
         "psnr_db": -10 * math.log10(max(squared / num_values, 1e-10)),
     }

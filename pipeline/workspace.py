@@ -13,6 +13,18 @@ from cae.config import Params, load_params
 from cae.data.shards import Index
 from serving.preprocess import Preprocessing
 
+# Whose metrics describe a model, in the order of the pipeline.
+METRIC_STAGES = (
+    "prepare",
+    "tokenizer",
+    "pretrain",
+    "finetune",
+    "probe_linear",
+    "probe_attentive",
+    "probe_knn",
+    "export",
+)
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -62,6 +74,14 @@ class Workspace:
     def scratch(self) -> Path:
         return self.root / "scratch"
 
+    @property
+    def seeds(self) -> Path:
+        return self.root / "seeds.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
     def probe(self, name: str) -> Path:
         return self.root / f"models/probe/{name}"
 
@@ -92,7 +112,7 @@ class Workspace:
             target.write_text(json.dumps(rounded, indent=2) + "\n")
 
     def read_metrics(self, stage: str) -> dict[str, Any] | None:
-        """What `write_metrics` wrote as quality, or None."""
+        """What `write_metrics` wrote as quality, or None; `efficiency/STAGE` for what it wrote as efficiency."""
         path = self.metrics / f"{stage}.json"
         return json.loads(path.read_text()) if path.exists() else None
 

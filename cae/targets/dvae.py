@@ -32,6 +32,7 @@ class DvaeLoss(NamedTuple):
 
     reconstruction: Float[Tensor, ""]  # share of the data's variance that is not reconstructed
     unused: Float[Tensor, ""]  # nats by which the batch's code usage falls short of uniform
+    perplexity: Float[Tensor, ""]  # of the batch's hard codes
 
 
 class Dvae(nn.Module):
@@ -81,12 +82,20 @@ class Dvae(nn.Module):
         # Entropy of the usage over the whole batch; a KL for each position would fight the reconstruction.
         usage = logits.softmax(dim=1).mean(dim=(0, 2, 3))
         entropy = -(usage * usage.clamp_min(1e-10).log()).sum()
-        return DvaeLoss(reconstruction, math.log(self.num_outputs) - entropy)
+        return DvaeLoss(
+            reconstruction, math.log(self.num_outputs) - entropy, perplexity(self.count_codes(logits.argmax(dim=1)))
+        )
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """Hard tokens: the most likely code of every patch."""
         return self.logits(images).argmax(dim=1).flatten(1)
+
+    def count_codes(self, tokens: Int[Tensor, "..."]) -> Int[Tensor, " k"]:
+        """How many patches have each code."""
+        # Not bincount, which has to wait for the device.
+        counts = torch.zeros(self.num_outputs, dtype=torch.int64, device=tokens.device)
+        return counts.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         return F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten())
@@ -120,6 +129,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         return x + self.mix(self.spatial(x.relu()).relu())
+
+
+def perplexity(counts: Int[Tensor, " k"]) -> Float[Tensor, ""]:
+    """exp of the entropy of a code's distribution: how many codes would be in use if all were used alike."""
+    share = counts.double() / counts.sum()
+    return (-(share * share.clamp_min(1e-12).log()).sum()).exp()
 
 
 def prime_factors(number: int) -> list[int]:

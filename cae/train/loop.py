@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from cae.data.loader import Batch
 from cae.errors import Diverged, Interrupted
+from cae.train.alarm import Alarm, Watch
 from cae.train.checkpoint import CheckpointStore
 from cae.train.device import Hardware
 from cae.train.log import Row, TrainLog
@@ -55,6 +56,7 @@ class Training:
     clip_grad: float | None = None
     log_every_steps: int = 10
     sink: Callable[[int, Row], None] | None = None
+    alarms: tuple[Alarm, ...] = ()
 
     def run(self, folder: RunFolder | None = None) -> Row:
         """Train to the end, going on from the newest checkpoint in `folder`; return the efficiency figures of this run.
@@ -65,6 +67,7 @@ class Training:
         start_step = self._restore(store)
         log_path = folder.path / "log.jsonl" if folder else Path("/dev/null")
         log = TrainLog(self.name, log_path, self.total_steps, start_step, self.sink)
+        watch = Watch(self.name, self.alarms)
         meter = _Meter(self.log_every_steps)
         self.module.train()
         with _catch_signals() as caught:
@@ -77,7 +80,7 @@ class Training:
                     meter.add(len(batch["labels"]))
                     log.advance()
                     if done % self.log_every_steps == 0 or done == self.total_steps:
-                        self._log(log, meter, done, parts)
+                        watch.check(done, self._log(log, meter, done, parts))
                     save_now = folder is not None and done % folder.checkpoint_every_steps == 0
                     if store and folder and (save_now or caught or done == self.total_steps):
                         self._check_finite(parts["loss"], done)
@@ -101,12 +104,13 @@ class Training:
         self.optimizer.step()
         return {"loss": loss, **parts}
 
-    def _log(self, log: TrainLog, meter: "_Meter", done: int, parts: dict[str, Tensor]) -> None:
+    def _log(self, log: TrainLog, meter: "_Meter", done: int, parts: dict[str, Tensor]) -> Row:
         self._check_finite(parts["loss"], done)
         # Here and where a checkpoint is saved values are read back from the device, and nowhere else.
         values = {key: float(value.detach()) for key, value in parts.items()}
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-        log.row(done, {**values, **meter.recent()})
+        log.row(done, values | meter.recent())
+        return values
 
     def _check_finite(self, loss: Tensor, done: int) -> None:
         value = float(loss.detach())

@@ -38,6 +38,7 @@ BASE: dict[str, Any] = {
     "pretrain.decoder_depth": 2,
     "pretrain.crop_scale": [0.6, 1.0],
 }
+RANDOM_75 = {"pretrain.mask.kind": "random", "pretrain.mask.ratio": 0.75}
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "λ 2": {"pretrain.alignment_weight": 2.0},
@@ -66,7 +67,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pretrain.lr": 0.002,
         "pretrain.alignment_warmup_epochs": 4,
     },
+    "λ 10, lr 0.002": {"pretrain.alignment_weight": 10.0, "pretrain.lr": 0.002},
     "crop 0.3": {"pretrain.crop_scale": [0.3, 1.0]},
+    "random 0.75, lr 0.002": {**RANDOM_75, "pretrain.lr": 0.002},
+    "random 0.75, lr 0.002, λ 1": {**RANDOM_75, "pretrain.lr": 0.002, "pretrain.alignment_weight": 1.0},
+    "random 0.75, lr 0.002, λ 2": {**RANDOM_75, "pretrain.lr": 0.002, "pretrain.alignment_weight": 2.0},
+    "random 0.75, lr 0.002, λ 0": {**RANDOM_75, "pretrain.lr": 0.002, "pretrain.alignment_weight": 0.0},
+    "random 0.75, lr 0.002, batch 32": {**RANDOM_75, "pretrain.lr": 0.002, "pretrain.batch_size": 32},
+    "random 0.75, lr 0.002, width 192": {
+        **RANDOM_75,
+        "pretrain.lr": 0.002,
+        "model.width": 192,
+        "model.num_heads": 6,
+    },
+    "random 0.75, lr 0.003": {**RANDOM_75, "pretrain.lr": 0.003},
+    "random 0.85, lr 0.002": {**RANDOM_75, "pretrain.mask.ratio": 0.85, "pretrain.lr": 0.002},
     "base, seed 1": {"seed": 1},
     "base, seed 2": {"seed": 2},
 }

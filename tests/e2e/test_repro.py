@@ -53,7 +53,7 @@ def test_deleted_outputs_are_restored_from_the_cache(reproduced: Clone) -> None:
 def test_a_probe_parameter_retrains_nothing_before_it(reproduced: Clone) -> None:
     reproduced.set_params(probe__knn__k=3)
     # The bundle quotes the figures of the probes, so it is described again.
-    assert reproduced.repro() == ["probe@knn", "export"]
+    assert reproduced.repro() == ["probe@knn", "export", "report"]
     reproduced.set_params(probe__knn__k=5)
     assert reproduced.repro() == []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import export, finetune, prepare, pretrain, probe, tokenizer
+from pipeline import export, finetune, prepare, pretrain, probe, report, tokenizer
 from pipeline.workspace import Workspace
 from tests.tiny import write_params
 
@@ -19,6 +19,7 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
     "probe_attentive": lambda workspace: probe.run(workspace, "attentive"),
     "probe_knn": lambda workspace: probe.run(workspace, "knn"),
     "export": export.run,
+    "report": report.run,
 }
 
 MakeWorkspace = Callable[[Path, dict[str, Any]], Workspace]
