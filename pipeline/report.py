@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cae.train.device import Hardware
 from pipeline.pretrain import COLLAPSED_VARIANCE
-from pipeline.results import ACCURACIES
+from pipeline.results import accuracies
 from pipeline.sections import Section, metrics_of, sections
 from pipeline.workspace import METRIC_STAGES, Workspace
 
@@ -112,11 +112,10 @@ def _alarms(workspace: Workspace) -> list[str]:
 
 def _cards(workspace: Workspace) -> list[dict[str, str]]:
     cards = []
-    for stage, label, key, baseline in ACCURACIES:
-        values = metrics_of(workspace, stage)
-        if key in values:
-            beside = f"random weights {values[baseline]:.1%}"
-            cards.append({"value": f"{values[key]:.1%}", "what": label, "beside": beside})
+    for row in accuracies(workspace):
+        if row.pretrained and row.random:
+            beside = f"random weights {row.random.mean:.1%}"
+            cards.append({"value": f"{row.pretrained.mean:.1%}", "what": row.label, "beside": beside})
     tokenizer = metrics_of(workspace, "tokenizer")
     if "usage" in tokenizer:
         beside = f"perplexity {tokenizer['perplexity']:.0f}, {tokenizer['psnr_db']:.1f} dB"

@@ -1,11 +1,12 @@
 """The table of results that `make repro` ends with."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from cae.errors import UserError
+from pipeline import seeds
 from pipeline.workspace import Workspace
 
 # Stage, its figures in the order shown, and what they say.
@@ -24,28 +25,62 @@ FIGURES = {
 }
 
 
+class Figure(NamedTuple):
+    """An accuracy as a fraction, and its standard deviation over seeds (0 where there is one run)."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.deviation:.1f}" if self.deviation else "")
+
+
+class Accuracy(NamedTuple):
+    """One measurement of the encoder beside random weights; both None where it was not made."""
+
+    stage: str
+    label: str
+    pretrained: Figure | None
+    random: Figure | None
+
+
+def accuracies(workspace: Workspace) -> list[Accuracy]:
+    """Every measurement: of the last run, or the mean over the seeds that `cae-pipe seeds` recorded."""
+    runs = seeds.comparable(workspace)
+    rows = []
+    for stage, label, key, baseline in ACCURACIES:
+        values = workspace.read_metrics(stage) or {}
+        pair = [seeds.spread(runs, stage, name) or (values[name], 0.0) for name in (key, baseline) if name in values]
+        pretrained, random = (Figure(*figure) for figure in pair) if pair else (None, None)
+        rows.append(Accuracy(stage, label, pretrained, random))
+    return rows
+
+
 def show(workspace: Workspace) -> None:
     """Print every stage's figures; raise UserError where the pipeline has not run."""
     metrics = {stage: workspace.read_metrics(stage) for stage in {*FIGURES, *(row[0] for row in ACCURACIES)}}
     if not any(metrics.values()):
         raise UserError(f"{workspace.metrics}: no metrics yet; run `make repro` first")
     console = Console()
-    console.print(_accuracy_table(metrics))
+    console.print(_accuracy_table(workspace, metrics))
     console.print(_figure_table(metrics))
+    if len(runs := seeds.comparable(workspace)) > 1:
+        console.print(f"accuracies: mean ± standard deviation of {len(runs)} seeds (seeds.json); the rest: last run")
     console.print(f"bundle: {workspace.bundle}; serve it with `make serve`", soft_wrap=True)
+    if workspace.report.exists():
+        console.print(f"report: {workspace.report / 'index.html'}", soft_wrap=True)
 
 
-def _accuracy_table(metrics: dict[str, dict[str, Any] | None]) -> Table:
-    table = Table("top-1 accuracy", "pretrained", "random weights", "gain", title="What pretraining gives")
+def _accuracy_table(workspace: Workspace, metrics: dict[str, dict[str, Any] | None]) -> Table:
+    table = Table("top-1 accuracy in %", "pretrained", "random weights", "gain", title="What pretraining gives")
     for column in table.columns[1:]:
         column.justify = "right"
-    for stage, label, key, baseline in ACCURACIES:
-        values = metrics[stage] or {}
-        if key in values:
-            gain = f"{100 * (values[key] - values[baseline]):+.1f}"
-            table.add_row(label, f"{values[key]:.1%}", f"{values[baseline]:.1%}", gain)
+    for row in accuracies(workspace):
+        if row.pretrained and row.random:
+            gain = f"{100 * (row.pretrained.mean - row.random.mean):+.1f}"
+            table.add_row(row.label, str(row.pretrained), str(row.random), gain)
         else:
-            table.add_row(label, values.get("skipped", "not run"), "", "")
+            table.add_row(row.label, (metrics[row.stage] or {}).get("skipped", "not run"), "", "")
     return table
 
 

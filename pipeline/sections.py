@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline import figures, seeds
 from pipeline.pictures import Sample, Studio
-from pipeline.results import ACCURACIES
+from pipeline.results import accuracies
 from pipeline.workspace import Workspace
 
 NUM_IMAGES = 8
@@ -61,18 +61,12 @@ def metrics_of(workspace: Workspace, stage: str) -> dict[str, Any]:
 
 def _accuracies(workspace: Workspace, drawings: Path) -> Section | None:
     runs = seeds.comparable(workspace)
-    bars, table = [], [["top-1 accuracy", "pretrained", "random weights", "gain in points"]]
-    for stage, label, key, baseline in ACCURACIES:
-        values = metrics_of(workspace, stage)
-        if key not in values:
-            continue
-        pair = [seeds.spread(runs, stage, name) or (values[name], 0.0) for name in (key, baseline)]
-        bars.append((label, *pair[0], *pair[1]))
-        shown = [
-            f"{100 * mean:.1f} ± {100 * deviation:.1f}" if deviation else f"{100 * mean:.1f}"
-            for mean, deviation in pair
-        ]
-        table.append([label, *shown, f"{100 * (pair[0][0] - pair[1][0]):+.1f}"])
+    bars, table = [], [["top-1 accuracy in %", "pretrained", "random weights", "gain in points"]]
+    for row in accuracies(workspace):
+        if row.pretrained and row.random:
+            bars.append((row.label, *row.pretrained, *row.random))
+            gain = f"{100 * (row.pretrained.mean - row.random.mean):+.1f}"
+            table.append([row.label, str(row.pretrained), str(row.random), gain])
     if not bars:
         return None
     figures.accuracy_bars(drawings / "accuracy.png", bars)

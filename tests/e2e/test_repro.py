@@ -1,5 +1,6 @@
 """The pipeline under real DVC: reproducible, restorable, and not to be stopped for good."""
 
+import json
 import os
 import shutil
 import signal
@@ -56,6 +57,18 @@ def test_a_probe_parameter_retrains_nothing_before_it(reproduced: Clone) -> None
     assert reproduced.repro() == ["probe@knn", "export", "report"]
     reproduced.set_params(probe__knn__k=5)
     assert reproduced.repro() == []
+
+
+def test_seeds_are_run_one_after_the_other_and_everything_is_as_before(reproduced: Clone) -> None:
+    before, params = reproduced.hashes(), (reproduced.root / "params.yaml").read_text()
+    reproduced.run("cae-pipe", "seeds", "0", "1")
+    assert reproduced.hashes() == before
+    assert (reproduced.root / "params.yaml").read_text() == params
+    runs = json.loads((reproduced.root / "seeds.json").read_text())
+    assert [run["params"]["seed"] for run in runs] == [0, 1]
+    assert runs[0]["metrics"]["pretrain"] != runs[1]["metrics"]["pretrain"]
+    assert "over the seeds 0, 1" in (reproduced.root / "report/index.html").read_text()
+    assert "2 seeds" in reproduced.run("cae-pipe", "results")
 
 
 def test_interrupted_in_another_folder_it_ends_with_the_same_bytes(
