@@ -44,5 +44,5 @@ lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it)
 
 LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 
-clean:  ## remove what the pipeline made, keep .venv and the DVC cache
-	rm -rf data models metrics scratch
+clean:  ## remove what the pipeline made, keep .venv, the DVC cache and your own images in data/
+	rm -rf data/prepared data/downloads models metrics scratch

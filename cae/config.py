@@ -126,6 +126,7 @@ class Architecture(Section):
     decoder_depth: Count
     num_outputs: Count
     layer_scale: Positive
+    predictor_layer_scale: Positive
 
 
 class OptimizationConfig(Section):
@@ -200,6 +201,7 @@ class PretrainConfig(OptimizationConfig, CropConfig):
     alignment_drop_path: bool
     predictor_width: Count | None
     predictor_num_heads: Count | None
+    predictor_layer_scale: Positive | None
     regressor_depth: Count
     decoder_depth: Count
     checkpoint_every_steps: Count
@@ -298,6 +300,7 @@ class Params(Section):
             decoder_depth=self.pretrain.decoder_depth,
             num_outputs=num_outputs,
             layer_scale=self.model.layer_scale,
+            predictor_layer_scale=self.pretrain.predictor_layer_scale or self.model.layer_scale,
         )
 
     @model_validator(mode="after")
@@ -317,15 +320,22 @@ class Params(Section):
 def load_params(path: Path) -> Params:
     """Read and validate params.yaml; raise UserError naming every wrong key, what was expected and the nearest key."""
     try:
-        # YAML 1.2, in which 1e-3 is a number as it is for DVC, and a key given twice is an error.
-        raw = YAML(typ="safe", pure=True).load(path)
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run in the root of the project") from None
+    return parse_params(read_sections(text, str(path)), str(path))
+
+
+def read_sections(text: str | bytes, name: str) -> dict[str, Any]:
+    """Nested dictionaries out of the text of a parameter file; raise UserError where it is no YAML or has no keys."""
+    try:
+        # YAML 1.2, in which 1e-3 is a number as it is for DVC, and a key given twice is an error.
+        raw = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{name}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections such as `prepare:` and `model:`, found {type(raw).__name__}")
-    return parse_params(raw, str(path))
+        raise UserError(f"{name}: expected sections such as `prepare:` and `model:`, found {type(raw).__name__}")
+    return raw
 
 
 def parse_params(raw: dict[str, Any], name: str = "params.yaml") -> Params:
@@ -348,16 +358,20 @@ def _explain(item: dict[str, Any]) -> str:
     parts = [str(part) for part in item["loc"]]
     key = ".".join(part for part in parts if "[" not in part and part not in ("int", "tuple", "constrained-int"))
     if item["type"] == "extra_forbidden":
-        known = _section_keys(parts[:-1])
-        nearest = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0)
-        suggestion = ".".join([*parts[:-1], nearest[0]])
-        return f"{key}: unknown key; did you mean `{suggestion}`? (known here: {', '.join(known)})"
+        return unknown_key(parts, _section_keys(parts[:-1]))
     if item["type"] == "missing":
         return f"{key}: missing; add it (the shipped params.yaml shows every key)"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{key}.{message}" if key else message
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}"
+
+
+def unknown_key(parts: list[str], known: list[str]) -> str:
+    """What is said of a key that its section does not know: the nearest one, and all that are known there."""
+    nearest = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0)
+    suggestion = ".".join([*parts[:-1], nearest[0]])
+    return f"{'.'.join(parts)}: unknown key; did you mean `{suggestion}`? (known here: {', '.join(known)})"
 
 
 def _section_keys(path: list[str]) -> list[str]:

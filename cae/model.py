@@ -92,7 +92,7 @@ class Regressor(nn.Module):
         width = architecture.predictor_width
         self.mask_query = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
-            RegressorBlock(width, architecture.predictor_num_heads, architecture.layer_scale, rate)
+            RegressorBlock(width, architecture.predictor_num_heads, architecture.predictor_layer_scale, rate)
             for rate in drop_path_rates(drop_path, architecture.regressor_depth)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = architecture.predictor_width
         self.blocks = nn.ModuleList(
-            Block(width, architecture.predictor_num_heads, architecture.layer_scale, rate)
+            Block(width, architecture.predictor_num_heads, architecture.predictor_layer_scale, rate)
             for rate in drop_path_rates(drop_path, architecture.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
@@ -211,4 +211,5 @@ def alignment_loss(z_m: Float[Tensor, "b m d"], z_m_target: Float[Tensor, "b m d
 
 def drop_path_rates(largest: float, depth: int) -> list[float]:
     """Stochastic depth grows linearly from 0 in the first block to `largest` in the last."""
-    return torch.linspace(0, largest, depth).tolist()
+    # On the CPU, for under `torch.device("meta")` a tensor has no values.
+    return torch.linspace(0, largest, depth, device="cpu").tolist()

@@ -43,6 +43,10 @@ class Workspace:
         return load_params(self.params_file)
 
     @property
+    def profiles(self) -> Path:
+        return self.root / "params"
+
+    @property
     def prepared(self) -> Path:
         return self.root / "data/prepared"
 

@@ -27,6 +27,7 @@ ARCHITECTURE = {
     "decoder_depth": 2,
     "num_outputs": 11,
     "layer_scale": 0.5,
+    "predictor_layer_scale": 0.5,
 }
 
 

@@ -216,6 +216,13 @@ def test_the_predictor_has_the_encoders_sizes_unless_given_its_own(raw_params: d
     assert (other.predictor_width, other.predictor_num_heads) == (64, 2)
 
 
+def test_the_predictor_has_the_encoders_layer_scale_unless_given_its_own(raw_params: dict[str, Any]) -> None:
+    same = parsed(raw_params, model__layer_scale=0.3).architecture(3, 9)
+    assert (same.layer_scale, same.predictor_layer_scale) == (0.3, 0.3)
+    other = parsed(raw_params, model__layer_scale=1e-5, pretrain__predictor_layer_scale=0.1).architecture(3, 9)
+    assert (other.layer_scale, other.predictor_layer_scale) == (1e-5, 0.1)
+
+
 def test_an_image_size_may_have_two_sides_height_first(raw_params: dict[str, Any]) -> None:
     params = parsed(raw_params, model__image_size=[24, 40])
     assert params.model.size_px == (24, 40)

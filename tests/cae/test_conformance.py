@@ -116,6 +116,7 @@ def reference_model(config: dict[str, Any]) -> ContextAutoencoder:
             decoder_depth=config["decoder_depth"],
             num_outputs=config["vocab_size"],
             layer_scale=config["layer_scale"],
+            predictor_layer_scale=config["layer_scale"],
         )
     )
     state = {official_name(key): reference_weight(key, shape) for key, shape in official_keys(config).items()}

@@ -385,15 +385,18 @@ def test_keys_have_no_bias_and_those_of_queries_and_values_start_at_zero(make_ar
         assert (attention.v_bias == 0).all()
 
 
-@pytest.mark.parametrize("layer_scale", [0.1, 1e-5])
-def test_layer_scale_starts_as_configured_and_norms_have_the_official_epsilon(
-    make_architecture: MakeArchitecture, layer_scale: float
+@pytest.mark.parametrize(("encoder_scale", "predictor_scale"), [(0.1, 0.1), (1e-5, 0.1)])
+def test_layer_scales_start_as_configured_and_norms_have_the_official_epsilon(
+    make_architecture: MakeArchitecture, encoder_scale: float, predictor_scale: float
 ) -> None:
-    model = ContextAutoencoder(make_architecture(layer_scale=layer_scale, predictor_width=8))
+    model = ContextAutoencoder(
+        make_architecture(layer_scale=encoder_scale, predictor_layer_scale=predictor_scale, predictor_width=8)
+    )
     gains = {name: p for name, p in model.named_parameters() if name.endswith("gamma")}
     assert len(gains) == 2 * 7
     for name, gain in gains.items():
-        torch.testing.assert_close(gain.detach(), torch.full_like(gain, layer_scale), msg=name)
+        expected = encoder_scale if name.startswith("encoder.") else predictor_scale
+        torch.testing.assert_close(gain.detach(), torch.full_like(gain, expected), msg=name)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     # Two a block, four a regressor block, one at the end of each of three parts, one in the projection.
     assert len(norms) == 2 * 3 + 4 * 2 + 2 * 2 + 3 + 1
