@@ -40,7 +40,7 @@ class Hashes:
 def remove_duplicates(
     folder: Path, train: Sequence[ShardInfo], val: list[ShardInfo], duplicates: dict[int, int], shard_mb: float
 ) -> tuple[list[ShardInfo], list[Reject]]:
-    """Write the validation shards in `folder` anew without `duplicates`; return the new shards and what was left out."""
+    """Write the validation shards in `folder` anew without `duplicates`; return the new ones and what was left out."""
     if not duplicates:
         return val, []
     train_keys = _keys(folder, train, set(duplicates.values()))

@@ -18,7 +18,7 @@ from cae.data.shards import UNLABELLED, Index, Row, ShardInfo, ShardWriter, Spli
 from cae.data.sources import Reject, Source, Unusable, open_source
 from cae.errors import UserError
 from pipeline.duplicates import Hashes, pixel_hash, remove_duplicates
-from pipeline.rejects import check_rejects, reason_of, write_rejects
+from pipeline.rejects import check_rejects, explain, write_rejects
 from pipeline.workspace import Workspace
 from serving.preprocess import ImageError, decode, orientation, to_mode
 
@@ -65,7 +65,7 @@ class Preparation(Dataset[Prepared | Reject]):
             decoded = True
             image, data = self._store(image, data)
         except ImageError as error:
-            return Reject(item.key, reason_of(error, data, decoded), str(error))
+            return explain(item.key, error, data, decoded)
         pixels = np.asarray(image, dtype=np.float64).reshape(-1, self.channels) / 255
         label = UNLABELLED if item.label is None else item.label
         return Prepared(

@@ -17,19 +17,18 @@ SHOWN_REJECTS = 5
 _REASONS: dict[str, Reason] = {"truncated": "truncated", "too_large": "too large", "too_small": "too small"}
 
 
-def reason_of(error: ImageError, data: bytes, decoded: bool) -> Reason:
-    """The word for what `serving` says of `data`; `decoded` tells that the file was read and only its pixels fail."""
-    if error.reason in _REASONS:
-        return _REASONS[error.reason]
+def explain(key: str, error: ImageError, data: bytes, decoded: bool) -> Reject:
+    """What `serving` says of `data` in our words; `decoded` tells that the file was read and only its pixels fail."""
     if not data:
-        return "zero bytes"
+        return Reject(key, "zero bytes", "the file is empty")
     kind = formats.image_kind(data[: formats.HEAD_BYTES])
     if kind is None:
-        return "not an image"
-    if decoded or kind == "other image":
-        return "unsupported"
+        return Reject(key, "not an image", f"its first bytes are no image's; {error}")
+    if error.reason in _REASONS:
+        return Reject(key, _REASONS[error.reason], str(error))
     # A header of a kind that is read, and no image behind it: damaged, or for TIFF a layout that Pillow does not know.
-    return "unsupported" if kind == "TIFF" and not formats.tiff_is_cut_off(data) else "truncated"
+    known = kind != "other image" and not (kind == "TIFF" and not formats.tiff_is_cut_off(data))
+    return Reject(key, "truncated" if known and not decoded else "unsupported", str(error))
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:

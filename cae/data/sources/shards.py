@@ -108,8 +108,10 @@ def _index(path: Path) -> tuple[dict[str, list[_Part]], Unusable | None]:
                     samples.setdefault(name, []).append(_Part(extension.lower(), member.offset_data, member.size))
                 # tarfile remembers every member, which a large shard does not need.
                 tar.members = []  # type: ignore[attr-defined]
-            if tar.offset >= size:
-                return samples, Unusable("truncated", "the shard has no end mark; what comes before it is used")
+            # Of a header that is cut off or damaged tarfile says nothing; it stands where a block of zeros should be.
+            if _read(path, tar.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                fault = f"the shard breaks off after {tar.offset} bytes, without an end mark; what comes before is used"
+                return samples, Unusable("truncated", fault)
     except tarfile.TarError as error:
         reason: Reason = "truncated" if samples else "unsupported"
         hint = "what comes before is used" if samples else "expected a tar file that is not compressed"
