@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,11 +35,18 @@ class Prepared:
     """An image ready to be stored, with the sums that mean and standard deviation come from."""
 
     row: Row
-    split: Split | None
     num_pixels: int
     sums: np.ndarray  # [c], of pixels in 0-1
     squares: np.ndarray  # [c]
     pixel_hash: int
+
+
+class Opened(NamedTuple):
+    """A file as it is, and the picture in it: upright, of the wanted channels, over white."""
+
+    data: bytes
+    picture: Image.Image
+    has_transparency: bool
 
 
 class Preparation(Dataset[Prepared | Reject]):
@@ -52,38 +59,44 @@ class Preparation(Dataset[Prepared | Reject]):
         return len(self.source)
 
     def __getitem__(self, position: int) -> Prepared | Reject:
+        opened = self.load(position)
+        if isinstance(opened, Reject):
+            return opened
+        image, data = self._store(opened)
         item = self.source[position]
-        try:
-            data = self.source.read(position)
-        except Unusable as error:
-            return Reject(item.key, error.reason, str(error))
-        except OSError as error:
-            return Reject(item.key, "unreadable", error.strerror or str(error))
-        decoded = False
-        try:
-            image = decode(data, max_pixels=MAX_PIXELS)
-            decoded = True
-            image, data = self._store(image, data)
-        except ImageError as error:
-            return explain(item.key, error, data, decoded)
         pixels = np.asarray(image, dtype=np.float64).reshape(-1, self.channels) / 255
         label = UNLABELLED if item.label is None else item.label
         return Prepared(
             row=Row(item.key, label, data),
-            split=item.split,
             num_pixels=len(pixels),
             sums=pixels.sum(axis=0),
             squares=(pixels**2).sum(axis=0),
             pixel_hash=pixel_hash(image),
         )
 
-    def _store(self, image: Image.Image, data: bytes) -> tuple[Image.Image, bytes]:
+    def load(self, position: int) -> Opened | Reject:
+        """The image, or why it cannot be used."""
+        key = self.source[position].key
+        try:
+            data = self.source.read(position)
+        except Unusable as error:
+            return Reject(key, error.reason, str(error))
+        except OSError as error:
+            return Reject(key, "unreadable", error.strerror or str(error))
+        decoded = None
+        try:
+            decoded = decode(data, max_pixels=MAX_PIXELS)
+            return Opened(data, to_mode(decoded, self.channels), decoded.has_transparency_data)
+        except ImageError as error:
+            return explain(key, error, data, decoded is not None)
+
+    def _store(self, opened: Opened) -> tuple[Image.Image, bytes]:
         """The image as training will see it, and its bytes: the file's own wherever they decode to just that."""
+        data, stored, has_transparency = opened
         with Image.open(io.BytesIO(data)) as original:
             plain = original.format in ("JPEG", "PNG") and orientation(original) == 1
             plain = plain and original.mode == ("L" if self.channels == 1 else "RGB")
-        stored = to_mode(image, self.channels)
-        plain = plain and not image.has_transparency_data
+        plain = plain and not has_transparency
         shrink = self.short_side_px / min(stored.size)
         if shrink < 1:
             size = (max(1, round(stored.width * shrink)), max(1, round(stored.height * shrink)))
