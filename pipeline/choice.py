@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from cae.errors import UserError
 from pipeline.inspection import Findings
 
-MIN_SIDE_PX, LARGE_PX = 8, 160
+MIN_SIDE_PX, LARGE_PX = 8, 128
 CPU_MAX_PX, GPU_MAX_PX = 64, 224
 # Patches of the training data for one code, as on the digits, where 256 codes fill well.
 PATCHES_PER_CODE = 768
@@ -62,7 +62,7 @@ def choose(findings: Findings, source: str, *, gpu: bool, num_cores: int) -> lis
             Choice(f"{section}.batch_size", size, f"at most a quarter of {findings.num_train} training images")
             for section, size in batches.items()
         ),
-        Choice("probe.linear.lr", round(0.1 * batches["probe.linear"] / 256, 6), "0.1 · batch / 256"),
+        Choice("probe.linear.lr", 0.1 * batches["probe.linear"] / 256, "0.1 · batch / 256"),
         Choice("probe.knn.k", max(1, min(20, findings.num_train // 10)), "a tenth of the training images, at most 20"),
     ]
 
