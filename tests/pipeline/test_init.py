@@ -184,7 +184,7 @@ def test_changes_of_ones_own_are_not_written_over(tmp_path: Path, monkeypatch: p
         init.run("digits", Path("params.yaml"), force=False)
     init.check_free(path, force=True)
     (tmp_path / "other.yaml").write_text("mine")
-    with pytest.raises(UserError, match="other.yaml"):
+    with pytest.raises(UserError, match=r"other\.yaml"):
         init.check_free(tmp_path / "other.yaml", force=False)
     init.check_free(tmp_path / "new.yaml", force=False)
 
@@ -211,7 +211,7 @@ def test_a_path_is_given_its_kind(tmp_path: Path, given: str, url: str) -> None:
 
 def test_a_path_without_a_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.jpg").touch()
-    with pytest.raises(UserError, match="one.jpg is one file"):
+    with pytest.raises(UserError, match=r"one\.jpg is one file"):
         init.source_url("one.jpg", tmp_path)
     with pytest.raises(UserError, match="nowhere is no file or folder"):
         init.source_url("nowhere", tmp_path)
