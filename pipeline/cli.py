@@ -54,6 +54,18 @@ class DeviceName(StrEnum):
 
 
 @app.command()
+def init(
+    images: Annotated[str, typer.Option(help="A folder of images, or a source such as hf:NAME (see params.yaml).")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("params.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file with changes of its own.")] = False,
+) -> None:
+    """Look at your images, write a params.yaml that fits them, and say what a run will take."""
+    from pipeline import init as start
+
+    start.run(images, out, force)
+
+
+@app.command()
 def prepare() -> None:
     """Stage 1: images of `prepare.source` to shards."""
     from pipeline import prepare as stage

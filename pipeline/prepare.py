@@ -1,33 +1,32 @@
 """Stage `prepare`: any source to shards, index, channel statistics and a list of what was not used."""
 
-import csv
 import hashlib
 import io
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cae.config import OptimizationConfig, Params, PrepareConfig
+from cae.config import OptimizationConfig, Params
 from cae.data.shards import UNLABELLED, Index, Row, ShardInfo, ShardWriter, Split
-from cae.data.sources import Source, open_source
+from cae.data.sources import Reject, Source, Unusable, open_source
 from cae.errors import UserError
+from pipeline.duplicates import Hashes, pixel_hash, remove_duplicates
+from pipeline.rejects import check_rejects, explain, write_rejects
 from pipeline.workspace import Workspace
-from serving.preprocess import ImageError, decode, to_mode
+from serving.preprocess import ImageError, decode, orientation, to_mode
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970
-GREY_MODES = ("1", "L", "I;16", "I;16B", "I;16L", "I")
+GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")
 SPLITS: tuple[Split, Split] = ("train", "val")
-SHOWN_REJECTS = 5
 JPEG_QUALITY = 95
 
 
@@ -36,18 +35,18 @@ class Prepared:
     """An image ready to be stored, with the sums that mean and standard deviation come from."""
 
     row: Row
-    split: Split | None
     num_pixels: int
     sums: np.ndarray  # [c], of pixels in 0-1
     squares: np.ndarray  # [c]
+    pixel_hash: int
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A file that is not used, and why."""
+class Opened(NamedTuple):
+    """A file as it is, and the picture in it: upright, of the wanted channels, over white."""
 
-    key: str
-    reason: str
+    data: bytes
+    picture: Image.Image
+    has_transparency: bool
 
 
 class Preparation(Dataset[Prepared | Reject]):
@@ -60,26 +59,44 @@ class Preparation(Dataset[Prepared | Reject]):
         return len(self.source)
 
     def __getitem__(self, position: int) -> Prepared | Reject:
+        opened = self.load(position)
+        if isinstance(opened, Reject):
+            return opened
+        image, data = self._store(opened)
         item = self.source[position]
-        try:
-            data = self.source.read(position)
-            image = decode(data, max_pixels=MAX_PIXELS)
-            image, data = self._store(image, data)
-        except (ImageError, OSError) as error:
-            return Reject(item.key, str(error))
         pixels = np.asarray(image, dtype=np.float64).reshape(-1, self.channels) / 255
         label = UNLABELLED if item.label is None else item.label
         return Prepared(
-            Row(item.key, label, data), item.split, len(pixels), pixels.sum(axis=0), (pixels**2).sum(axis=0)
+            row=Row(item.key, label, data),
+            num_pixels=len(pixels),
+            sums=pixels.sum(axis=0),
+            squares=(pixels**2).sum(axis=0),
+            pixel_hash=pixel_hash(image),
         )
 
-    def _store(self, image: Image.Image, data: bytes) -> tuple[Image.Image, bytes]:
+    def load(self, position: int) -> Opened | Reject:
+        """The image, or why it cannot be used."""
+        key = self.source[position].key
+        try:
+            data = self.source.read(position)
+        except Unusable as error:
+            return Reject(key, error.reason, str(error))
+        except OSError as error:
+            return Reject(key, "unreadable", error.strerror or str(error))
+        decoded = None
+        try:
+            decoded = decode(data, max_pixels=MAX_PIXELS)
+            return Opened(data, to_mode(decoded, self.channels), decoded.has_transparency_data)
+        except ImageError as error:
+            return explain(key, error, data, decoded is not None)
+
+    def _store(self, opened: Opened) -> tuple[Image.Image, bytes]:
         """The image as training will see it, and its bytes: the file's own wherever they decode to just that."""
+        data, stored, has_transparency = opened
         with Image.open(io.BytesIO(data)) as original:
-            plain = original.format in ("JPEG", "PNG") and original.getexif().get(0x0112, 1) == 1
+            plain = original.format in ("JPEG", "PNG") and orientation(original) == 1
             plain = plain and original.mode == ("L" if self.channels == 1 else "RGB")
-        stored = to_mode(image, self.channels)
-        plain = plain and not image.has_transparency_data
+        plain = plain and not has_transparency
         shrink = self.short_side_px / min(stored.size)
         if shrink < 1:
             size = (max(1, round(stored.width * shrink)), max(1, round(stored.height * shrink)))
@@ -99,32 +116,37 @@ def run(workspace: Workspace) -> None:
     with workspace.publish(workspace.prepared) as folder:
         splits = assign_splits(source, config.val_fraction, params.seed)
         writers = {split: ShardWriter(folder, split, config.shard_mb) for split in SPLITS}
-        rejects: list[Reject] = []
+        broken: list[Reject] = []
+        hashes = Hashes()
         moments = np.zeros((2, channels))
         num_pixels = 0
         results = _in_order(Preparation(source, channels, config.short_side_px), num_workers, "prepare")
         for result, split in zip(results, splits, strict=True):
             if isinstance(result, Reject):
-                rejects.append(result)
+                broken.append(result)
                 continue
             writers[split].add(result.row)
+            hashes.add(split, result.pixel_hash)
             if split == "train":
                 num_pixels += result.num_pixels
                 moments += np.stack([result.sums, result.squares])
-        _write_rejects(folder / "rejects.csv", rejects)
-        _check_rejects(rejects, len(source), config, workspace)
-        shards = [shard for split in SPLITS for shard in writers[split].close()]
-        index = _index(public_name(config.source), source.classes, channels, moments / max(num_pixels, 1), shards)
+        train, val = (writers[split].close() for split in SPLITS)
+        val, duplicates = remove_duplicates(folder, train, val, hashes.duplicates(), config.shard_mb)
+        write_rejects(folder / "rejects.csv", [*broken, *duplicates, *source.strays])
+        check_rejects(broken, source.strays, len(source), config, workspace.scratch)
+        index = _index(config.source, source.classes, channels, moments / max(num_pixels, 1), [*train, *val])
         check_batch_sizes(params, index)
         index.write(folder)
-    _check_labels(index)
+    _tell(index, duplicates)
     workspace.write_metrics(
         "prepare",
         {
             "num_train": index.count["train"],
             "num_val": index.count["val"],
             "num_classes": len(index.classes),
-            "num_rejected": len(rejects),
+            "num_rejected": len(broken),
+            "num_duplicates": len(duplicates),
+            "num_other_files": len(source.strays),
         },
         {"images_per_s": len(source) / (time.perf_counter() - started), "wall_s": time.perf_counter() - started},
     )
@@ -133,7 +155,9 @@ def run(workspace: Workspace) -> None:
 def public_name(source: str) -> str:
     """The source without the folders above it: a path of this machine has no place in what is published."""
     kind, _, location = source.partition(":")
-    return f"{kind}:{Path(location).name}" if location else kind
+    if kind == "hf" and location.count("/") == 1 and not location.startswith(("/", ".", "~")):
+        return source  # the owner is part of a name on the hub
+    return f"{kind}:{location.rstrip('/').rpartition('/')[2]}" if location else kind
 
 
 def count_channels(source: Source, num_workers: int) -> int:
@@ -159,10 +183,15 @@ class _GreyCheck(Dataset[bool]):
 
 def assign_splits(source: Source, val_fraction: float, seed: int) -> list[Split]:
     """The split of every item: the source's own, else a random one that takes the same share of every class."""
-    items = [source[position] for position in range(len(source))]
-    if all(item.split for item in items):
-        return [item.split for item in items if item.split]
-    labels = np.array([UNLABELLED if item.label is None else item.label for item in items])
+    own: list[Split] = []
+    labels = np.empty(len(source), dtype=np.int32)
+    for position in range(len(source)):
+        item = source[position]
+        labels[position] = UNLABELLED if item.label is None else item.label
+        if item.split:
+            own.append(item.split)
+    if len(own) == len(source):
+        return own
     rng = np.random.default_rng(seed)
     splits: list[Split] = ["train"] * len(labels)
     for label in np.unique(labels):
@@ -201,11 +230,11 @@ def _index(source: str, classes: list[str], channels: int, moments: np.ndarray, 
     for split in SPLITS:
         if not count[split]:
             raise UserError(
-                f"prepare.source: {source} leaves no {split} images; expected at least 2 usable images "
+                f"prepare.source: {source} leaves no {split} images; expected at least 2 different usable images "
                 "(and 2 of every class), or another prepare.val_fraction"
             )
     return Index(
-        source=source,
+        source=public_name(source),
         count=count,
         classes=classes,
         channels=channels,
@@ -217,28 +246,9 @@ def _index(source: str, classes: list[str], channels: int, moments: np.ndarray, 
     )
 
 
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["key", "reason"])
-        writer.writerows((reject.key, reject.reason) for reject in rejects)
-
-
-def _check_rejects(rejects: list[Reject], total: int, config: PrepareConfig, workspace: Workspace) -> None:
-    for reject in rejects[:SHOWN_REJECTS]:
-        logger.warning("%s is not used: %s", reject.key, reject.reason)
-    if len(rejects) > config.max_reject_fraction * total or len(rejects) == total:
-        workspace.scratch.mkdir(exist_ok=True)
-        path = workspace.scratch / "rejects.csv"
-        _write_rejects(path, rejects)
-        raise UserError(
-            f"prepare.source: {len(rejects)} of {total} files of {config.source} cannot be used, more than "
-            f"prepare.max_reject_fraction {config.max_reject_fraction}; {path} names each with its reason. "
-            "Mend or remove them, or raise the fraction"
-        )
-
-
-def _check_labels(index: Index) -> None:
+def _tell(index: Index, duplicates: Sequence[Reject]) -> None:
+    if duplicates:
+        logger.warning("%d validation images are also in training and were taken out", len(duplicates))
     if not index.classes:
         logger.warning("%s has no labels: fine-tuning and the probes will be skipped", index.source)
 

@@ -96,12 +96,17 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     return _upright(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened file, 1 (upright) where it has none or none that can be read."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        value = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # damaged EXIF beside good pixels says nothing about them
-        orientation = None
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 
 

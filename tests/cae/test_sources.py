@@ -1,6 +1,7 @@
 """Sources: which images there are, what they are called, and what is said when there are none."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from cae.data.sources import Cifar10, Folder, Source, SourceItem, open_source
+from cae.data.sources import Cifar10, Folder, Source, SourceItem, Unusable, open_source
 from cae.errors import UserError
 
 
@@ -33,7 +34,7 @@ def items(source: Source) -> list[SourceItem]:
 
 
 def test_class_folders_give_labels_in_alphabetical_order(tmp_path: Path) -> None:
-    source = Folder(fill(tmp_path, "dog/b.png", "cat/a.JPG", "dog/deeper/c.webp", "cat/notes.txt"))
+    source = Folder(fill(tmp_path, "dog/b.png", "cat/a.JPG", "dog/deeper/c.webp"))
     assert source.classes == ["cat", "dog"]
     assert items(source) == [
         SourceItem("cat/a.JPG", 0, None),
@@ -168,9 +169,73 @@ def test_split_folders_are_told_from_classes(
     for folder in folders:
         for name in ("cat", "dog"):
             (tmp_path / folder / name).mkdir(parents=True)
-            (tmp_path / folder / name / "1.png").write_bytes(b"bytes are not read here")
+            (tmp_path / folder / name / "1.png").write_bytes(png(0))
     source = open_source(f"folder:{tmp_path}", tmp_path, tmp_path)
     assert source.classes == classes
     items = [source[position] for position in range(len(source))]
     assert {item.split for item in items} == splits
     assert not any(item.key.startswith("test/") for item in items)
+
+
+def strays(source: Source) -> dict[str, str]:
+    return {stray.key: stray.reason for stray in source.strays}
+
+
+def test_files_are_told_by_their_first_bytes_and_those_that_are_no_images_make_no_class(tmp_path: Path) -> None:
+    fill(tmp_path, "cat/a.png", "dog/without suffix", "dog/b.txt")
+    for name in ("notes.txt", ".DS_Store", "papers/BMW.txt", "cat/._a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"BMW and other words")
+    (tmp_path / "cat/folder.jpg").mkdir()
+    source = Folder(tmp_path)
+    assert source.classes == ["cat", "dog"]
+    assert [item.key for item in items(source)] == ["cat/a.png", "dog/b.txt", "dog/without suffix"]
+    assert strays(source) == dict.fromkeys(["notes.txt", ".DS_Store", "papers/BMW.txt", "cat/._a.png"], "not an image")
+
+
+def test_a_folder_with_broken_images_alone_is_no_class_and_its_files_are_items(tmp_path: Path) -> None:
+    fill(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/c.jpg").write_bytes(b"")
+    (tmp_path / "d.jpg").write_bytes(b"an error page")
+    source = Folder(tmp_path)
+    assert source.classes == ["cat", "dog"]
+    assert {item.key: item.label for item in items(source)} == {
+        "cat/a.png": 0,
+        "d.jpg": None,
+        "dog/b.png": 1,
+        "empty/c.jpg": None,
+    }
+
+
+def test_a_stray_is_not_read_whole(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png")
+    with (tmp_path / "backup.zip").open("wb") as file:
+        file.truncate(1 << 40)  # a hole of a terabyte
+    assert strays(Folder(tmp_path)) == {"backup.zip": "not an image"}
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_unreadable(tmp_path: Path) -> None:
+    fill(tmp_path / "elsewhere", "b.png")
+    fill(tmp_path / "images", "cat/a.png")
+    (tmp_path / "images/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/cat/round").symlink_to(tmp_path / "images")
+    (tmp_path / "images/cat/gone.png").symlink_to("nothing.png")
+    os.mkfifo(tmp_path / "images/cat/pipe.jpg")
+    source = Folder(tmp_path / "images")
+    assert source.classes == ["cat", "dog"]
+    keys = [item.key for item in items(source)]
+    assert keys == ["cat/a.png", "cat/gone.png", "cat/pipe.jpg", "dog/b.png"]
+    for position, message in ((1, "a link to nothing.png, which is not there"), (2, "not a regular file")):
+        with pytest.raises(Unusable, match=message) as caught:
+            source.read(position)
+        assert caught.value.reason == "unreadable"
+    assert source.read(3) == png(0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.png").chmod(0)
+    with pytest.raises(Unusable, match="Permission denied"):
+        Folder(tmp_path).read(1)

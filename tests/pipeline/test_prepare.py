@@ -74,7 +74,8 @@ def test_the_file_that_cannot_be_read_is_named_with_its_reason(finished: Workspa
     with (finished.prepared / "rejects.csv").open() as file:
         rejects = list(csv.DictReader(file))
     assert [reject["key"] for reject in rejects] == ["0/broken.png"]
-    assert "cut off" in rejects[0]["reason"]
+    assert rejects[0]["reason"] == "truncated"
+    assert "cut off" in rejects[0]["detail"]
 
 
 def test_the_number_of_workers_changes_no_byte(
