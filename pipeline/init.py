@@ -4,17 +4,16 @@ import os
 import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
-from cae.config import Params, load_params, parse_params
+from cae.config import Params, load_params
 from cae.data.sources import open_source
 from cae.errors import UserError
-from pipeline import estimate
+from pipeline import estimate, params_file
 from pipeline.choice import Choice, choose, lengths
 from pipeline.inspection import Findings, inspect
 
@@ -41,16 +40,16 @@ def run(images: str, out: Path, force: bool) -> None:
     choices = choose(findings, url, gpu=gpu, num_cores=os.cpu_count() or 1)
     raw = with_choices(template, choices)
     channels = 1 if findings.grey else 3
-    params = parse_params(_plain(raw), str(out))
+    params = params_file.validate(raw, str(out))
     console.print("timing a few steps on this machine ...")
     steps = estimate.time_steps(params, channels, len(findings.class_counts))
     batches = {name: getattr(params, name).batch_size for name in ("tokenizer", "pretrain", "finetune")}
     shipped_epochs = {name: getattr(shipped, name).epochs for name in batches}
     choices += lengths(findings.num_train, batches, steps.pretrain_s, shipped_epochs, gpu=gpu)
     raw = with_choices(template, choices)
-    params = parse_params(_plain(raw), str(out))
+    params = params_file.validate(raw, str(out))
     storing = estimate.measure_storing(source, params, channels)
-    write(out, raw)
+    params_file.write(out, params_file.text_of(raw))
     console.print(_choices_table(choices))
     console.print(_estimate_table(params, findings, steps, storing))
     console.print(f"{out} written; next: `dvc repro`", soft_wrap=True)
@@ -87,51 +86,12 @@ def check_free(out: Path, force: bool) -> None:
         )
 
 
-def with_choices(template: Path, choices: list[Choice]) -> Any:
+def with_choices(template: Path, choices: list[Choice]) -> CommentedMap:
     """The template with its comments and order, and other values."""
-    raw = _yaml().load(template)
+    raw = params_file.read(template)
     for choice in choices:
-        *sections, name = choice.key.split(".")
-        section = raw
-        for part in sections:
-            section = section[part]
-        if isinstance(choice.value, list):
-            # In place, so that the list stays on its line.
-            section[name][:] = choice.value
-        else:
-            section[name] = choice.value
+        params_file.change(raw, choice.key, choice.value, str(template))
     return raw
-
-
-def write(out: Path, raw: Any) -> None:
-    """Write params.yaml, whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with partial.open("w") as file:
-            _yaml().dump(raw, file)
-        partial.replace(out)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); give another place") from None
-
-
-def _yaml() -> YAML:
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096  # a long path stays on its line
-    # As `key: null` is written in the shipped file.
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return yaml
-
-
-def _plain(raw: Any) -> Any:
-    """Without ruamel's types, which strict validation does not know."""
-    if isinstance(raw, dict):
-        return {str(key): _plain(value) for key, value in raw.items()}
-    if isinstance(raw, list):
-        return [_plain(value) for value in raw]
-    if isinstance(raw, float):
-        return float(raw)
-    return str(raw) if isinstance(raw, str) else raw
 
 
 def _findings_table(url: str, findings: Findings) -> Table:

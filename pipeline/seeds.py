@@ -7,12 +7,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from cae.errors import UserError
+from pipeline import params_file
 from pipeline.workspace import METRIC_STAGES, Workspace
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,9 @@ def run(workspace: Workspace, seeds: list[int]) -> None:
         raise UserError("dvc is not on the PATH; run through `make`, or activate .venv")
     try:
         for seed in seeds:
-            _write_seed(workspace.params_file, seed)
+            raw = params_file.read(workspace.params_file)
+            params_file.change(raw, "seed", seed, str(workspace.params_file))
+            params_file.write(workspace.params_file, params_file.text_of(raw))
             started = time.perf_counter()
             logger.info("seed %d", seed)
             _repro(dvc, workspace, seed, "export")
@@ -67,14 +67,6 @@ def spread(runs: list[dict[str, Any]], stage: str, key: str) -> tuple[float, flo
     """Mean and standard deviation of a figure over several runs; None where fewer than two have it."""
     values = [run["metrics"][stage][key] for run in runs if key in run["metrics"].get(stage, {})]
     return (statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
-
-
-def _write_seed(file: Path, seed: int) -> None:
-    yaml = YAML()
-    yaml.width = 4096
-    params = yaml.load(file)
-    params["seed"] = seed
-    yaml.dump(params, file)
 
 
 def _repro(dvc: str, workspace: Workspace, seed: int, *targets: str) -> None:

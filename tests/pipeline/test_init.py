@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from cae.config import load_params
 from cae.data.sources import Folder
 from cae.errors import UserError
-from pipeline import choice, estimate, init
+from pipeline import choice, estimate, init, params_file
 from pipeline.inspection import Findings, inspect
 from tests.mixed_images import write_mixed_folder
 from tests.pipeline.test_parameters import keys_of
@@ -106,7 +106,9 @@ def test_any_size_of_images_gives_valid_parameters(side: int, gpu: bool, tmp_pat
     choices += choice.lengths(
         findings.num_train, batches, 0.1, {"tokenizer": 6, "pretrain": 12, "finetune": 4}, gpu=gpu
     )
-    init.write(tmp_path / "params.yaml", init.with_choices(ROOT / "params.yaml", choices))
+    text = params_file.text_of(init.with_choices(ROOT / "params.yaml", choices))
+    params_file.write(tmp_path / "params.yaml", text)
+    assert len(text.splitlines()) == len((ROOT / "params.yaml").read_text().splitlines())
     params = load_params(tmp_path / "params.yaml")
     assert params.model.num_patches >= 16
     assert params.model.num_patches <= 256
