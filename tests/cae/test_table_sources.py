@@ -124,17 +124,24 @@ def test_parquet_rows_are_read_wherever_they_lie(tmp_path: Path, order: list[int
         assert [item.key for item in items(source)] == ["a/000000", "a/000001", "a/000002", "b/000000", "b/000001"]
 
 
+def test_parquet_goes_back_inside_a_row_group(tmp_path: Path) -> None:
+    rows = [bytes([n]) for n in range(250)]
+    parquet.write_table(pa.table({"img": rows}), tmp_path / "a.parquet", row_group_size=200)
+    source = opened("parquet:a.parquet", tmp_path)
+    order = [199, 5, 70, 249, 64, 63, 200]
+    assert [source.read(n) for n in order] == [rows[n] for n in order]
+
+
 def test_parquet_memory_holds_a_batch_and_no_row_group(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [np.random.default_rng(n).bytes(10_000) for n in range(5000)]
     parquet.write_table(pa.table({"img": rows}), path, row_group_size=5000, use_dictionary=False)
     source = opened("parquet:a.parquet", tmp_path)
-    source.read(0)
     before = pa.total_allocated_bytes()
     for position in range(0, 5000, 3):
         assert source.read(position) == rows[position]
         # The whole group is 50 MB.
-        assert pa.total_allocated_bytes() - before < 8_000_000
+        assert pa.total_allocated_bytes() - before < 20_000_000
 
 
 @pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test"])

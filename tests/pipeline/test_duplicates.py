@@ -28,7 +28,8 @@ def run(
     for name, image in images.items():
         path = root / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        # Other bytes for the same pixels, in a file that is stored as it is.
+        image.save(path, compress_level=1 if name.startswith("train") else 9)
     changed = {key.replace("__", "."): value for key, value in values.items()}
     source = {"prepare.source": f"folder:{root / 'images'}"}
     workspace = make(root / "root", with_values(raw, {**SMALL, **source, **changed}))
@@ -47,7 +48,7 @@ def test_the_same_pixels_in_both_splits_leave_validation_whatever_the_format(
 ) -> None:
     images = {f"train/{n}.png": noise(n) for n in range(4)}
     images |= {
-        "val/a.bmp": noise(2),
+        "val/a.png": noise(2),
         "val/b.tif": noise(3),
         "val/c.png": noise(9),
         "val/d.png": noise(9),
@@ -68,7 +69,7 @@ def test_the_same_pixels_in_both_splits_leave_validation_whatever_the_format(
     assert len(keys(workspace, "train")) == 5
     with (workspace.prepared / "rejects.csv").open() as file:
         rows = [(row["key"], row["reason"], row["detail"].split()[4]) for row in csv.DictReader(file)]
-    assert rows == [("val/a.bmp", "duplicate", "train/2.png"), ("val/b.tif", "duplicate", "train/3.png")]
+    assert rows == [("val/a.png", "duplicate", "train/2.png"), ("val/b.tif", "duplicate", "train/3.png")]
     metrics = workspace.read_metrics("prepare")
     assert metrics is not None
     assert (metrics["num_duplicates"], metrics["num_rejected"], metrics["num_val"]) == (2, 0, 3)
