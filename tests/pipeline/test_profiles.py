@@ -182,13 +182,18 @@ def line_of(text: str, start: str) -> str:
 
 
 def test_an_overlay_changes_its_lines_and_no_others(folder: Path) -> None:
-    overlay(folder, "model:\n  image_size: [28, 56]\npretrain:\n  mask:\n    ratio: 0.25   # a quarter\n")
+    # A text longer than the comment's column moves all that follows.
+    source = "folder:/a/place/of/many/images"
+    ratio = "pretrain:\n  mask:\n    ratio: 0.25   # a quarter\n"
+    overlay(folder, f"prepare: {{source: {source}}}\nmodel:\n  image_size: [28, 56]\n{ratio}")
     before = (folder / "default.yaml").read_text().splitlines()
     after = profiles.read(folder, "mine").text.splitlines()
     assert after[:2] == ["# Mine", "# Written by `cae-pipe profile apply mine`."]
     # The origin is one line more than the line that it replaces.
     changed = [(old, new) for old, new in zip(before[1:], after[2:], strict=True) if old != new]
+    sources = "mnist5k | cifar10 | cifar10:FOLDER | folder:PATH"
     assert changed == [
+        (f"  source: mnist5k             # {sources}", f"  source: {source} # {sources}"),
         (
             "  image_size: 28              # pixels, one number or [height, width]",
             "  image_size: [28, 56]        # pixels, one number or [height, width]",
