@@ -355,16 +355,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
+    stdout = failures.second_stdout()
     try:
         try:
             app()
         finally:
             # Here, and not when the interpreter ends, where a full disk or a closed pipe is a message without remedy.
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except (Exception, SystemExit) as error:
         # Typer and rich turn a broken pipe into an exit, whichever pipe it was.
         cause = error.__context__ if isinstance(error.__context__, BrokenPipeError) else error
-        if failures.reader_is_gone(cause):
+        if failures.reader_is_gone(cause, stdout):
             _drop_output()
             sys.exit(128 + failures.SIGPIPE)
         if isinstance(cause, SystemExit):

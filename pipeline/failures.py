@@ -94,7 +94,15 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def reader_is_gone(error: BaseException | None) -> bool:
+def second_stdout() -> int:
+    """Another handle of standard output, for rich turns the first one away when the pipe breaks; -1 if it is closed."""
+    try:
+        return os.dup(1)
+    except OSError:
+        return -1
+
+
+def reader_is_gone(error: BaseException | None, stdout: int) -> bool:
     """Whether a command ended because nobody reads its output any more (`cae-pipe results | head -1`).
 
     The pipe to a loader process that died breaks just so, and that is an error to be told.
@@ -103,9 +111,9 @@ def reader_is_gone(error: BaseException | None) -> bool:
         return False
     try:
         watch = select.poll()
-        watch.register(1, select.POLLOUT)
+        watch.register(stdout, select.POLLOUT)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
-    except (AttributeError, OSError):  # no poll on this system, or stdout is closed
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or stdout is closed
         return True
 
 

@@ -34,9 +34,11 @@ logger = logging.getLogger(__name__)
 COMPARED = ("pooled", "class_token")
 # The mean of fewer images is not what all images share but what these images are.
 FEW_IMAGES = 10
-# Of one block of pairs, in the worst case that all are near: an int64 index and a float64 distance each.
-BLOCK_BYTES = 256 * 2**20
-PAIR_BYTES = 16
+# Of the similarities of one block of pairs, and of the pairs that wait to be joined.
+BLOCK_BYTES = 64 * 2**20
+MAX_JOINING = 1_000_000
+# Of a sum of products in float32.
+ROUNDING = 1e-6
 SHOWN_GROUPS = 30
 
 
@@ -173,34 +175,41 @@ class _Space:
         return np.concatenate([unit, none], axis=1, dtype=np.float32)
 
 
-def _components(unit: NDArray[np.float32], threshold: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The group of each row and its similarity to the nearest other row within the threshold, -1 where there is none.
+def _components(unit: NDArray[np.float32], threshold: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The group of each row, and its similarity to the nearest other row.
 
-    Pairs are met block by block and joined at once: 100,000 equal images have 10^10 of them.
+    Pairs are met block by block, and only those that join two groups are kept, until there are enough of them to join:
+    100,000 equal images have 10^10 pairs.
     """
     num_rows = len(unit)
     groups = np.arange(num_rows)
-    nearest = np.full(num_rows, -1.0)
-    # A little more than the threshold says, for the rounding of float32.
-    radius = float(np.sqrt(max(0.0, 2 - 2 * threshold)) + 1e-5)
-    index = NearestNeighbors(radius=radius, algorithm="brute").fit(unit)
-    block = max(1, BLOCK_BYTES // (PAIR_BYTES * num_rows))
+    nearest = np.empty(num_rows, np.float32)
+    joining: list[NDArray[np.int64]] = []
+    num_joining = 0
+    block = max(1, BLOCK_BYTES // (unit.itemsize * num_rows))
     for start in range(0, num_rows, block):
-        distances, positions = index.radius_neighbors(unit[start : start + block])
-        lengths = [len(found) for found in positions]
-        rows = np.repeat(np.arange(start, start + len(positions)), lengths)
-        columns, distance = np.concatenate(positions), np.concatenate(distances)
-        other = rows != columns
-        rows, columns, distance = rows[other], columns[other], distance[other]
-        np.maximum.at(nearest, rows, 1 - distance**2 / 2)
-        # The groups so far are edges to their first member, so the pairs of earlier blocks need not be kept.
-        heads = np.concatenate([rows, np.arange(num_rows)])
-        tails = np.concatenate([columns, groups])
-        graph = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape=(num_rows, num_rows))
-        _, labels = connected_components(graph, directed=False)
-        _, first = np.unique(labels, return_index=True)
-        groups = first[labels]
-    return groups, np.minimum(nearest, 1.0)
+        similarities = unit[start : start + block] @ unit.T
+        rows = np.arange(start, start + len(similarities))
+        similarities[rows - start, rows] = -1
+        nearest[rows] = similarities.max(axis=1)
+        for row in rows[nearest[rows] >= threshold - ROUNDING]:
+            near = np.flatnonzero(similarities[row - start] >= threshold - ROUNDING)
+            near = near[groups[near] != groups[row]]
+            joining.append(np.stack([np.full_like(near, row), near]))
+            num_joining += len(near)
+            if num_joining > MAX_JOINING:
+                groups, joining, num_joining = _join(groups, joining), [], 0
+    return _join(groups, joining), np.minimum(nearest, 1)
+
+
+def _join(groups: NDArray[np.int64], pairs: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The groups after joining those of each pair; a group is known by its first member."""
+    itself = np.arange(len(groups))
+    heads, tails = np.concatenate([*pairs, np.stack([itself, groups])], axis=1)
+    graph = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape=(len(groups), len(groups)))
+    _, labels = connected_components(graph, directed=False)
+    _, first = np.unique(labels, return_index=True)
+    return first[labels]
 
 
 def _embed_query(features: Features, image: Path, folder: Path, device: Device) -> NDArray[np.float32]:
