@@ -10,8 +10,12 @@ class UserError(Exception):
     """
 
 
+class NotReady(UserError):  # noqa: N818 (a state of the workspace)
+    """Something that another command makes first is not there. The message names that command."""
+
+
 class Diverged(UserError):  # noqa: N818 (a state of the run)
-    """The loss is no longer a number."""
+    """A training came to nothing: the loss is no longer a number, or the codebook collapsed."""
 
 
 class Interrupted(Exception):  # noqa: N818 (being asked to stop is no error)

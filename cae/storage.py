@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cae.config import Section
-from cae.errors import UserError
+from cae.errors import NotReady, UserError
 from cae.train.checkpoint import sync_folder
 
 A = TypeVar("A", bound=Section)
@@ -34,7 +34,7 @@ def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> Non
 def read_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and metadata of a file that `save_weights` wrote; UserError when it is no such file of this kind."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected {kind} weights, which `dvc repro` makes")
+        raise NotReady(f"{path}: no such file; expected {kind} weights, which `dvc repro` makes")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))

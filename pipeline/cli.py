@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cae.errors import Interrupted, UserError
+from cae.errors import UserError
+from pipeline import failures
+from pipeline.exit_codes import ExitCode, epilog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,14 +24,13 @@ if TYPE_CHECKING:
 # Read when torch is first imported. Threads of OpenMP that spin for long while they wait starve a shared processor.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-EXIT_USER_ERROR = 2
-EXIT_PARTIAL = 3
+# Panels of `--help`.
+START = "Start with your images"
+STAGES = "Pipeline stages (dvc repro runs them)"
+USE = "Use the model"
+LOOK = "Look and check"
 
-app = typer.Typer(
-    help="Context Autoencoder: from unlabelled images to a pretrained, probed, exported and served encoder.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=epilog())
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that `export` wrote.")]
 BUNDLE = Path("models/bundle")
@@ -53,7 +54,53 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
-@app.command()
+class FeatureName(StrEnum):
+    POOLED = "pooled"
+    CLASS_TOKEN = "class_token"  # noqa: S105 (a word of the paper)
+
+
+DeviceOption = Annotated[
+    DeviceName, typer.Option(help="Where to run; auto is the GPU where onnxruntime can use one, else the CPU.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"cae-pipe {version('cae-pipe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", envvar=failures.DEBUG_VARIABLE, help="Show the traceback of every error.", is_eager=True
+        ),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From a folder of unlabelled images to an image encoder: pretrained as a Context Autoencoder, measured, exported
+    to ONNX and served.
+
+    The usual three commands, in the root of the project:
+
+    \b
+      dvc repro                                      run what params.yaml changed
+      cae-pipe embed PHOTOS/ --out features.parquet  features of your images
+      cae-pipe serve                                 the same over HTTP
+
+    Is something wrong? `cae-pipe doctor` looks.
+    """
+    if debug:
+        os.environ[failures.DEBUG_VARIABLE] = "1"
+
+
+@app.command(rich_help_panel=START)
 def init(
     images: Annotated[str, typer.Option(help="A folder of images, or a source such as hf:NAME (see params.yaml).")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("params.yaml"),
@@ -65,7 +112,7 @@ def init(
     start.run(images, out, force)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def prepare() -> None:
     """Stage 1: images of `prepare.source` to shards."""
     from pipeline import prepare as stage
@@ -73,7 +120,7 @@ def prepare() -> None:
     _run("prepare", stage.run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def tokenizer() -> None:
     """Stage 2: train the image tokenizer."""
     from pipeline import tokenizer as stage
@@ -81,7 +128,7 @@ def tokenizer() -> None:
     _run("tokenizer", stage.run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def pretrain() -> None:
     """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
     from pipeline import pretrain as stage
@@ -89,7 +136,7 @@ def pretrain() -> None:
     _run("pretrain", stage.run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def finetune() -> None:
     """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
     from pipeline import finetune as stage
@@ -97,22 +144,34 @@ def finetune() -> None:
     _run("finetune", stage.run)
 
 
-@app.command()
-def probe(name: Annotated[ProbeName, typer.Argument(help="Which probe.")]) -> None:
+@app.command(rich_help_panel=STAGES)
+def probe(
+    name: Annotated[
+        ProbeName, typer.Argument(help="Which probe: a linear layer, one attention layer, or nearest neighbours.")
+    ],
+) -> None:
     """Stage 5: measure the frozen encoder, pretrained and random."""
     from pipeline import probe as stage
 
     _run(f"probe_{name.value}", lambda workspace: stage.run(workspace, name.value))
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def export(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Pretrained weights, a file or its folder. [default: those of the pipeline]")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the bundle. [default: models/bundle]")] = None,
 ) -> None:
-    """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch."""
+    """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch.
+
+    With --checkpoint or --out it exports other weights, outside the pipeline, and writes no metrics.
+
+    \b
+    Examples:
+      cae-pipe export
+      cae-pipe export --checkpoint old/cae.safetensors --out /srv/bundle
+    """
     from pipeline import export as stage
     from pipeline.workspace import Workspace
 
@@ -125,7 +184,7 @@ def export(
     stage.export(workspace, file, out or workspace.bundle, metrics={})
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def report() -> None:
     """Stage 7: one page about the last run, report/index.html."""
     from pipeline import report as stage
@@ -133,7 +192,7 @@ def report() -> None:
     _run("report", stage.run)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def seeds(numbers: Annotated[list[int], typer.Argument(min=0, help="Seeds, e.g. 0 1 2.")]) -> None:
     """Run the pipeline once for every seed; the report then shows the spread."""
     from pipeline import seeds as runs
@@ -142,7 +201,7 @@ def seeds(numbers: Annotated[list[int], typer.Argument(min=0, help="Seeds, e.g. 
     runs.run(Workspace.here(), numbers)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def results() -> None:
     """Print the figures of the last run."""
     from pipeline import results as table
@@ -151,41 +210,63 @@ def results() -> None:
     table.show(Workspace.here())
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def embed(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="File to write: .parquet or .npz.")],
+    out: Annotated[Path, typer.Option(help="File to write, by its ending: .parquet or .npz.")],
     bundle: BundleOption = BUNDLE,
-    outputs: Annotated[str, typer.Option(help="Any of pooled, class_token, patches, class_attention.")] = "pooled",
-    device: Annotated[DeviceName, typer.Option(help="Where to run.")] = DeviceName.AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once; more than 1 pays on a GPU.")] = 1,
+    outputs: Annotated[
+        str, typer.Option(help="Which features, with commas between: pooled, class_token, patches, class_attention.")
+    ] = "pooled",
+    device: DeviceOption = DeviceName.AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once, 1 or more; more than 1 pays on a GPU.")] = 1,
 ) -> None:
-    """Features of images, to a file."""
+    """Features of images, to a file.
+
+    Images that cannot be read are left out, each with a warning, and the command then ends with code 3.
+
+    \b
+    Examples:
+      cae-pipe embed PHOTOS/ --out features.parquet
+      cae-pipe embed a.jpg b.png --out features.npz --outputs pooled,patches
+      cae-pipe embed PHOTOS/ --out features.parquet --device cuda --batch-size 64
+    """
     from pipeline import inference
 
     opened = inference.open_bundle(bundle, device.value)
     left_out = inference.embed(opened, images, out, inference.parse_outputs(outputs), batch_size)
     if left_out:
         # The features are written; the code tells a script that some are missing.
-        raise typer.Exit(EXIT_PARTIAL)
+        raise typer.Exit(ExitCode.PARTIAL)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def reconstruct(
     image: Annotated[Path, typer.Argument(help="Image file.")],
-    out: Annotated[Path, typer.Option(help="Picture to write.")],
+    out: Annotated[Path, typer.Option(help="Picture to write, by its ending: .png, .jpg or .webp.")],
     mask_ratio: Annotated[
-        float | None, typer.Option(help="Share of the patches to hide. [default: as in pretraining]")
+        float | None, typer.Option(help="Share of the patches to hide, between 0 and 1. [default: as in pretraining]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which random mask.")] = 0,
-    view: Annotated[ViewName, typer.Option(help="What the picture shows.")] = ViewName.PASTED,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which random mask, 0 or more; the same number hides the same patches.")
+    ] = 0,
+    view: Annotated[
+        ViewName,
+        typer.Option(help="All of the completion, its hidden patches pasted into the image, or three in a row."),
+    ] = ViewName.PASTED,
     skip_regressor: Annotated[
-        bool, typer.Option("--skip-regressor", help="Hide nothing; encoder straight into decoder.")
+        bool, typer.Option("--skip-regressor", help="Hide nothing: the encoder straight into the decoder.")
     ] = False,
     bundle: BundleOption = BUNDLE,
-    device: Annotated[DeviceName, typer.Option(help="Where to run.")] = DeviceName.AUTO,
+    device: DeviceOption = DeviceName.AUTO,
 ) -> None:
-    """Hide patches of an image and draw what the model makes of the rest."""
+    """Hide patches of an image and draw what the model makes of the rest.
+
+    \b
+    Examples:
+      cae-pipe reconstruct photo.jpg --out completed.png
+      cae-pipe reconstruct photo.jpg --out row.png --view side_by_side --mask-ratio 0.75 --seed 3
+    """
     from pipeline import inference
 
     if mask_ratio is not None and not 0 < mask_ratio < 1:
@@ -196,14 +277,27 @@ def reconstruct(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def serve(
     bundle: Annotated[Path | None, typer.Option(help="Folder that `export` wrote. [default: models/bundle]")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on. [default: 8000]")] = None,
-    device: Annotated[DeviceName | None, typer.Option(help="Where to run. [default: auto]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on, 0 to 65535; 0 takes a free one. [default: 8000]")
+    ] = None,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="Where to run; cuda does not start without a working GPU. [default: auto]")
+    ] = None,
 ) -> None:
-    """Answer POST /embed and POST /reconstruct over HTTP."""
+    """Answer POST /embed and POST /reconstruct over HTTP, until Ctrl-C.
+
+    Without a flag the variable CAE_SERVING_BUNDLE (_HOST, _PORT, _DEVICE) decides, and then the default.
+
+    \b
+    Examples:
+      cae-pipe serve
+      cae-pipe serve --host 0.0.0.0 --port 8080
+      curl --data-binary @photo.jpg http://127.0.0.1:8000/embed
+    """
     from serving.__main__ import main as serve_main
 
     flags = {"--bundle": bundle, "--host": host, "--port": port, "--device": device}
@@ -211,8 +305,73 @@ def serve(
     raise typer.Exit(serve_main([text for pair in given for text in pair]))
 
 
+@app.command(rich_help_panel=USE)
+def similar(
+    image: Annotated[
+        Path | None, typer.Argument(help="Image to find the like of. Without it: near-duplicates within the features.")
+    ] = None,
+    features: Annotated[Path, typer.Option(help="File that `cae-pipe embed` wrote, .parquet or .npz.")] = Path(
+        "features.parquet"
+    ),
+    bundle: BundleOption = BUNDLE,
+    feature: Annotated[
+        FeatureName | None, typer.Option(help="Which features to compare. [default: pooled, else class_token]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="With IMAGE: how many neighbours, 1 or more.")] = 5,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=-1, max=1, help="Without IMAGE: least similarity of near-duplicates, -1 to 1; lower finds more."
+        ),
+    ] = 0.98,
+    center: Annotated[
+        bool, typer.Option(help="Subtract the mean of the set first; --no-center for a set that shows one thing only.")
+    ] = True,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Picture of what was found to write: .png, .jpg or .webp.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
+    device: DeviceOption = DeviceName.AUTO,
+) -> None:
+    """The images most like an image, or the near-duplicates in a folder, by their features.
+
+    Similarity is the cosine of the features after the mean of the set is taken away. All images share that mean; with
+    it in, a cosine of 0.98 is a duplicate for one model and a chance pair for another. Groups of near-duplicates are
+    chains: each member reaches the threshold with at least one other.
+
+    \b
+    Examples:
+      cae-pipe embed PHOTOS/ --out features.parquet
+      cae-pipe similar photo.jpg --features features.parquet --top 8 --contact-sheet like.png
+      cae-pipe similar --features features.parquet --threshold 0.95 --json
+    """
+    from pipeline import similar as search
+
+    searched = search.Features.read(features, feature.value if feature else None)
+    found: search.Found
+    if image is None:
+        found = search.near_duplicates(searched, threshold, center=center)
+    else:
+        found = search.neighbors(searched, image, bundle, device.value, top, center=center)
+    search.show(found, as_json=as_json, contact_sheet=contact_sheet)
+
+
+@app.command(rich_help_panel=LOOK)
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the table.")] = False,
+) -> None:
+    """Check versions, devices, disk, params.yaml, data, DVC, the bundle and the port; say what to do.
+
+    Ends with code 0 when nothing is a problem (warnings may be there), else with 6. It changes nothing.
+    """
+    from pipeline import doctor as checks
+
+    if checks.run(as_json=as_json):
+        raise typer.Exit(ExitCode.DOCTOR)
+
+
 profile = typer.Typer(help="Ready-made parameters, those of the paper among them.", no_args_is_help=True)
-app.add_typer(profile, name="profile")
+app.add_typer(profile, name="profile", rich_help_panel=START)
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value, e.g. pretrain.epochs=100.")
 ]
@@ -261,15 +420,29 @@ def _run(stage: str, run: "Callable[[Workspace], None]") -> None:
 
 
 def main() -> None:
-    """Entry point: user errors are one message without a traceback, and every kind of end has its exit code."""
+    """Entry point: errors of the user are one message without a traceback, and every kind of end has its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
+    stdout = failures.second_stdout()
     try:
-        app()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
-    except Interrupted as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+        try:
+            app()
+        finally:
+            # Here, and not when the interpreter ends, where a full disk or a closed pipe is a message without remedy.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (Exception, SystemExit) as error:
+        # Typer and rich turn a broken pipe into an exit, whichever pipe it was.
+        cause = error.__context__ if isinstance(error.__context__, BrokenPipeError) else error
+        if failures.reader_is_gone(cause, stdout):
+            _drop_output()
+            sys.exit(128 + failures.SIGPIPE)
+        if isinstance(cause, SystemExit):
+            raise
+        sys.exit(failures.report(cause))
+
+
+def _drop_output() -> None:
+    """Nothing more can be written; the interpreter's own flush at the end must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

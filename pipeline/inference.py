@@ -12,8 +12,8 @@ import pyarrow.parquet as parquet
 from tqdm import tqdm
 
 from cae.data.sources import IMAGE_SUFFIXES
-from cae.errors import UserError
-from serving.bundle import OUTPUTS, Bundle, BundleError, CapabilityError, Device, Output
+from cae.errors import NotReady, UserError
+from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
 from serving.masks import View, draw, random_mask
 from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, prepare
 
@@ -27,6 +27,8 @@ def open_bundle(folder: Path, device: Device) -> Bundle:
     """The bundle in `folder`; UserError says what is wrong with it and what to do."""
     try:
         return Bundle.open(folder, device)
+    except BundleMissingError as error:
+        raise NotReady(str(error)) from None
     except BundleError as error:
         raise UserError(str(error)) from None
 
@@ -49,7 +51,7 @@ def embed(bundle: Bundle, images: Sequence[Path], out: Path, outputs: Sequence[O
     check_out(out, OUT_SUFFIXES)
     files = find_images(images)
     left_out: list[Path] = []
-    writer = _ParquetWriter(out, bundle) if out.suffix == ".parquet" else _NpzWriter(out)
+    writer = _ParquetWriter(out, bundle) if out.suffix == ".parquet" else _NpzWriter(out, bundle)
     readable = _read(bundle, tqdm(files, desc="embed", unit="image", disable=None), left_out)
     while group := list(islice(readable, batch_size)):
         features = bundle.embed(np.stack([pixels for _, pixels in group]), outputs)
@@ -87,12 +89,12 @@ def reconstruct(
     logger.info("%s written", out)
 
 
-def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
+def check_out(out: Path, suffixes: tuple[str, ...], option: str = "--out") -> None:
     """Raise UserError, before any work, for a file that could not be written."""
     if out.suffix not in suffixes:
-        raise UserError(f"--out: {out} must end in {' or '.join(suffixes)}")
+        raise UserError(f"{option}: {out} must end in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
-        raise UserError(f"--out: there is no folder {out.parent}; make it first")
+        raise UserError(f"{option}: there is no folder {out.parent}; make it first")
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -147,10 +149,10 @@ class _ParquetWriter:
 
 
 class _NpzWriter:
-    """Arrays `path` and one an output, in memory until the end, as the format wants it."""
+    """Arrays `path`, `bundle_sha256` and one an output, in memory until the end, as the format wants it."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, bundle: Bundle) -> None:
+        self.out, self.bundle = out, bundle
         self.paths: list[str] = []
         self.features: dict[str, list[np.ndarray]] = {}
 
@@ -161,4 +163,4 @@ class _NpzWriter:
 
     def close(self) -> None:
         arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self.features.items()}
-        np.savez(self.out, path=np.array(self.paths), **arrays)
+        np.savez(self.out, path=np.array(self.paths), bundle_sha256=np.array(self.bundle.sha256), **arrays)

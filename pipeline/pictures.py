@@ -27,7 +27,7 @@ TSNE_PATCHES, TSNE_IMAGES = 1500, 150
 FLAT_SHARE = 0.25
 BANK_IMAGES = 2000
 # Kinds of mask shown beside the one of the training.
-MASKS = (("random", 0.5), ("random", 0.75), ("block", 0.3))
+MASKS = (("random", 0.5), ("random", 0.75), ("block", 0.5), ("random", 0.9))
 PSNR_IMAGES = 200
 
 
@@ -102,6 +102,8 @@ class Studio:
         mask = self.workspace.params.pretrain.mask
         kinds: list[tuple[str, MaskConfig]] = [(f"{mask.kind}, {mask.ratio:.0%} (as trained)", mask)]
         for kind, ratio in MASKS:
+            if (kind, ratio) == (mask.kind, mask.ratio):
+                continue
             kinds.append((f"{kind}, {ratio:.0%}", mask.model_copy(update={"kind": kind, "ratio": ratio})))
         num_patches = self.grid[0] * self.grid[1]
         result = []

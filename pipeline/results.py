@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from cae.errors import UserError
+from cae.errors import NotReady
 from pipeline import seeds
 from pipeline.workspace import Workspace
 
@@ -57,10 +57,10 @@ def accuracies(workspace: Workspace) -> list[Accuracy]:
 
 
 def show(workspace: Workspace) -> None:
-    """Print every stage's figures; raise UserError where the pipeline has not run."""
+    """Print every stage's figures; raise NotReady where the pipeline has not run."""
     metrics = {stage: workspace.read_metrics(stage) for stage in {*FIGURES, *(row[0] for row in ACCURACIES)}}
     if not any(metrics.values()):
-        raise UserError(f"{workspace.metrics}: no metrics yet; run `make repro` first")
+        raise NotReady(f"{workspace.metrics}: no metrics yet; run `make repro` first")
     console = Console()
     console.print(_accuracy_table(workspace, metrics))
     console.print(_figure_table(metrics))

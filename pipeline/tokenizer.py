@@ -10,7 +10,7 @@ from torch import Tensor
 from cae.config import TokenizerConfig
 from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import CropFlip, CropTransform
-from cae.errors import UserError
+from cae.errors import Diverged
 from cae.targets.dvae import Dvae, DvaeArchitecture, perplexity
 from cae.targets.files import AnyTarget, save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
@@ -33,7 +33,7 @@ USAGE_IMAGES, USAGE_BATCH = 1024, 64
 
 
 def run(workspace: Workspace) -> None:
-    """Write `models/tokenizer`; raise UserError when the codebook's perplexity stays below the stated floor."""
+    """Write `models/tokenizer`; raise Diverged when the codebook's perplexity stays below the stated floor."""
     index, model, config = workspace.index, workspace.params.model, workspace.params.tokenizer
     if config.kind == "dvae":
         target, quality, efficiency = _train_dvae(workspace, config)
@@ -101,7 +101,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
         ).run(folder)
     quality = evaluate(workspace, dvae.eval(), hardware)
     if quality["perplexity"] < config.min_perplexity:
-        raise UserError(
+        raise Diverged(
             f"tokenizer: perplexity {quality['perplexity']:.1f} is below tokenizer.min_perplexity "
             f"{config.min_perplexity} (usage {quality['usage']:.0%} of {config.vocab_size} codes): the codebook has "
             "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"

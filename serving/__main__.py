@@ -13,11 +13,13 @@ import uvicorn
 from pydantic import ValidationError
 
 from serving.app import create_app
-from serving.bundle import Bundle, BundleError, Device
+from serving.bundle import Bundle, BundleError, BundleMissingError, Device
 from serving.settings import Settings
 
 # As argparse: the call, not the program, is at fault.
 EXIT_REFUSED = 2
+# As `cae-pipe` has it for whatever another command makes first.
+EXIT_NOT_READY = 5
 
 
 def serve(settings: Settings) -> None:
@@ -36,12 +38,15 @@ def serve(settings: Settings) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of `python -m serving`: 2, with one line on stderr, if settings, bundle or device will not do."""
+    """The exit code of `python -m serving`.
+
+    With one line on stderr: 5 if there is no bundle yet, 2 if settings, bundle or device will not do.
+    """
     try:
         serve(_settings(arguments))
     except BundleError as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_REFUSED
+        return EXIT_NOT_READY if isinstance(error, BundleMissingError) else EXIT_REFUSED
     except ValidationError as error:
         first = error.errors()[0]
         key = "_".join(map(str, first["loc"]))

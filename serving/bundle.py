@@ -55,6 +55,10 @@ class BundleError(RuntimeError):
     """A bundle that cannot be served; the message names the file, what was expected and what to do."""
 
 
+class BundleMissingError(BundleError):
+    """There is no bundle in the folder."""
+
+
 class CapabilityError(LookupError):
     """The bundle has no graph for the call."""
 
@@ -307,7 +311,8 @@ def _read_info(folder: Path) -> tuple[BundleInfo, str]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise BundleError(
+        kind = BundleMissingError if isinstance(error, FileNotFoundError) else BundleError
+        raise kind(
             f"{path}: cannot be read ({error.strerror}); expected the folder of a bundle. "
             "`make repro` writes one to models/bundle; name another with --bundle"
         ) from error

@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cae.errors import UserError
+from cae.errors import NotReady, UserError
 
 Split = Literal["train", "val"]
 UNLABELLED = -1
@@ -62,7 +62,7 @@ class Index(BaseModel):
     def read(cls, folder: Path) -> "Index":
         path = folder / INDEX_NAME
         if not path.exists():
-            raise UserError(f"{path}: no prepared data; run `dvc repro prepare` (or `make repro`) first")
+            raise NotReady(f"{path}: no prepared data; run `dvc repro prepare` (or `make repro`) first")
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:

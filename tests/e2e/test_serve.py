@@ -116,9 +116,7 @@ def test_embed_writes_parquet_and_leaves_out_what_it_cannot_read(
         (["embed", "params.yaml", "--out", "x.npz"], "none of the 1 images"),
         (["reconstruct", "params.yaml", "--out", "x.png"], "params.yaml"),
         (["reconstruct", "params.yaml", "--out", "x.png", "--mask-ratio", "1.5"], "--mask-ratio"),
-        (["embed", "params.yaml", "--out", "x.npz", "--bundle", "nowhere"], "nowhere"),
         (["export", "--checkpoint", "params.yaml", "--out", "x"], "params.yaml"),
-        (["serve", "--bundle", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(reproduced: Clone, command: list[str], expected: str) -> None:
@@ -126,4 +124,20 @@ def test_mistakes_are_named_without_a_traceback(reproduced: Clone, command: list
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert expected in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["embed", "params.yaml", "--out", "x.npz", "--bundle", "nowhere"],
+        ["serve", "--bundle", "nowhere"],
+        ["export", "--checkpoint", "nowhere", "--out", "x"],
+    ],
+)
+def test_what_is_not_there_yet_has_a_code_of_its_own(reproduced: Clone, command: list[str]) -> None:
+    process = reproduced.start("cae-pipe", *command)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 5, output
+    assert "nowhere" in output
     assert "Traceback" not in output

@@ -17,8 +17,8 @@ from tiny_bundle import write_tiny_bundle
 from serving.machine import has_nvidia_device
 
 
-def refused(*arguments: str, environment: dict[str, str] | None = None) -> str:
-    """The one line on stderr of a start that must end with exit code 2."""
+def refused(*arguments: str, environment: dict[str, str] | None = None, code: int = 2) -> str:
+    """The one line on stderr of a start that must end with this exit code."""
     done = subprocess.run(
         [sys.executable, "-m", "serving", *arguments],
         cwd=ROOT,
@@ -27,7 +27,7 @@ def refused(*arguments: str, environment: dict[str, str] | None = None) -> str:
         text=True,
         timeout=START_S,
     )
-    assert done.returncode == 2
+    assert done.returncode == code
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 1
@@ -36,7 +36,7 @@ def refused(*arguments: str, environment: dict[str, str] | None = None) -> str:
 
 
 def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    assert "make repro" in refused("--bundle", str(tmp_path / "nowhere"))
+    assert "make repro" in refused("--bundle", str(tmp_path / "nowhere"), code=5)
 
 
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
