@@ -89,7 +89,7 @@ def test_version(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("cae-pipe pro", ["probe"]), ("cae-pipe probe ", ["linear", "attentive", "knn"]), ("cae-pipe sim", ["similar"])],
+    [("cae-pipe prob", ["probe"]), ("cae-pipe probe ", ["linear", "attentive", "knn"]), ("cae-pipe sim", ["similar"])],
 )
 def test_completion_of_commands_and_probes(words: str, expected: list[str], tmp_path: Path) -> None:
     variables = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_CAE_PIPE_COMPLETE": "complete_bash"}
