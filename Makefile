@@ -45,4 +45,4 @@ lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it)
 LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 
 clean:  ## remove what the pipeline made, keep .venv, the DVC cache and your own images in data/
-	rm -rf data/prepared data/downloads models metrics scratch
+	rm -rf data/prepared data/downloads models metrics report scratch

@@ -15,6 +15,7 @@ import typer
 from cae.errors import UserError
 from pipeline import failures
 from pipeline.exit_codes import ExitCode, epilog
+from pipeline.profile_commands import profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -370,43 +371,7 @@ def doctor(
         raise typer.Exit(ExitCode.DOCTOR)
 
 
-profile = typer.Typer(help="Ready-made parameters, those of the paper among them.", no_args_is_help=True)
 app.add_typer(profile, name="profile", rich_help_panel=START)
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another value, e.g. pretrain.epochs=100.")
-]
-ProfileName = Annotated[str, typer.Argument(help="One of `cae-pipe profile list`.")]
-
-
-@profile.command("list")
-def profile_list() -> None:
-    """What there is in params/."""
-    from pipeline import profiles
-    from pipeline.workspace import Workspace
-
-    profiles.show_all(Workspace.here())
-
-
-@profile.command("show")
-def profile_show(name: ProfileName, changes: SetOption = None) -> None:
-    """Print the whole params.yaml of a profile."""
-    from pipeline import profiles
-    from pipeline.workspace import Workspace
-
-    profiles.show(Workspace.here(), name, changes or [])
-
-
-@profile.command("apply")
-def profile_apply(
-    name: ProfileName,
-    changes: SetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite changes of params.yaml that are not kept.")] = False,
-) -> None:
-    """Write a profile to params.yaml."""
-    from pipeline import profiles
-    from pipeline.workspace import Workspace
-
-    profiles.apply(Workspace.here(), name, changes or [], force)
 
 
 def _run(stage: str, run: "Callable[[Workspace], None]") -> None:

@@ -103,7 +103,7 @@ def accuracy_bars(path: Path, rows: Sequence[tuple[str, float, float, float, flo
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
-    axes.set_xlabel("top-1 accuracy in %")
+    axes.set_xlabel("correctly named images, %")
     axes.grid(axis="y", visible=False)
     axes.legend(
         handles=[matplotlib.patches.Patch(color=PRETRAINED), matplotlib.patches.Patch(color=RANDOM)],
@@ -151,7 +151,9 @@ def scatter(path: Path, embedding: Embedding) -> None:
         for spine in place.spines.values():
             spine.set_visible(False)
     if names != [""] and len(names) <= 20:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, markerscale=2.5)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, markerscale=2.5, title="class"
+        )
     figure.savefig(path)
 
 

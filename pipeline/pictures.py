@@ -100,11 +100,11 @@ class Studio:
         """The masked patches of `images` predicted from the visible ones, for several kinds of mask."""
         graph = ReconstructorGraph(self.loaded, self.target)
         mask = self.workspace.params.pretrain.mask
-        kinds: list[tuple[str, MaskConfig]] = [(f"{mask.kind}, {mask.ratio:.0%} (as trained)", mask)]
+        kinds: list[tuple[str, MaskConfig]] = [(f"{_mask_name(mask.kind, mask.ratio)}\n(as in training)", mask)]
         for kind, ratio in MASKS:
             if (kind, ratio) == (mask.kind, mask.ratio):
                 continue
-            kinds.append((f"{kind}, {ratio:.0%}", mask.model_copy(update={"kind": kind, "ratio": ratio})))
+            kinds.append((_mask_name(kind, ratio), mask.model_copy(update={"kind": kind, "ratio": ratio})))
         num_patches = self.grid[0] * self.grid[1]
         result = []
         for name, config in kinds:
@@ -126,11 +126,14 @@ class Studio:
         graph = SkipReconstructorGraph(self.loaded, self.target)
         return torch.cat([graph(chunk)[0] for chunk in images.split(CHUNK)])
 
-    def psnr_db(self) -> tuple[float, float]:
-        """Of validation images: by way of the targets alone, and by way of encoder and decoder (Figure 3)."""
+    def psnr_db(self) -> tuple[float, float, float]:
+        """Of validation images: their mean colour, by way of the targets, by way of encoder and decoder (Figure 3)."""
         images = self.sample("val", PSNR_IMAGES).images
         unit = unit_range(images)
-        return psnr_db(self.tokenized(images), unit), psnr_db(self.without_regressor(images), unit)
+        plain = unit.mean(dim=(0, 2, 3), keepdim=True).expand_as(unit)
+        drawn = (plain, self.tokenized(images), self.without_regressor(images))
+        first, second, third = (psnr_db(picture, unit) for picture in drawn)
+        return first, second, third
 
     @torch.inference_mode()
     def class_attention(self, images: Tensor, random: bool = False) -> np.ndarray:
@@ -182,6 +185,10 @@ class Studio:
         similarity, positions = (keys @ values.T).topk(min(count, len(values)), dim=1)
         nearest = [Sample(bank.images[row], [bank.labels[i] for i in row.tolist()]) for row in positions]
         return Neighbors(nearest, similarity.numpy())
+
+
+def _mask_name(kind: str, ratio: float) -> str:
+    return f"{ratio:.0%} hidden,\n{'in blocks' if kind == 'block' else 'at random'}"
 
 
 def psnr_db(images: Tensor, truth: Tensor) -> float:

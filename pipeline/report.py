@@ -26,10 +26,19 @@ GLOSSARY = {
     "alignment": "The pull of the predicted representations towards those that the encoder gives when it sees the "
     "masked patches. λ (pretrain.alignment_weight) is its strength.",
     "random weights": "The same network without any training: what a figure is worth must be seen beside it.",
-    "probe": "A small classifier on the frozen encoder's representations; it measures them and changes nothing.",
+    "class token": "One extra entry beside the patches, in which the encoder can gather the whole image.",
+    "mean of patches": "The average of the representations of all patches of an image.",
+    "probe": "A classifier trained with labels on the frozen encoder's output; it measures the encoder and leaves it as "
+    "it is. The linear probe is the simplest, one weighted sum for each class; the attentive probe also learns which "
+    "patches to read.",
+    "nearest neighbours": "The most similar training images vote; nothing is trained.",
+    "fine-tuning": "The whole encoder is trained further, with labels.",
+    "validation images": "Images kept out of every training; all results are measured on them.",
     "top-1 accuracy": "Share of the validation images whose most likely class is the right one.",
-    "PSNR": "Likeness of two images in decibels; 20 is rough, 30 is good, 6 more halve the error.",
-    "perplexity": "How many codes would be in use if all of them were used equally often.",
+    "PSNR": "Likeness of two images in decibels, higher is better: 20 is rough, 30 is good, 6 more halve the typical "
+    "error of a pixel.",
+    "perplexity": "How evenly the codes are used: as varied as this many codes used equally often. Codes that are rare "
+    "count little, so it is below the number in use.",
 }
 
 
@@ -63,6 +72,9 @@ def render(workspace: Workspace, parts: list[Section], drawings: Path) -> str:
         title=f"Context Autoencoder on {index.source}",
         summary=_summary(workspace),
         alarms=_alarms(workspace),
+        tokens=workspace.params.tokenizer.kind == "dvae",
+        labelled=bool(index.classes),
+        cached=workspace.params.probe.cache_features,
         cards=_cards(workspace),
         sections=shown,
         timings=_timings(workspace),
@@ -76,16 +88,18 @@ def _summary(workspace: Workspace) -> str:
     index, params = workspace.index, workspace.params
     rows, columns = params.model.grid
     text = (
-        f"A vision transformer ({params.model.name}, {params.model.encoder_depth} layers, width "
-        f"{params.model.encoder_width}) was pretrained on {index.count['train']:,} images without labels: "
-        f"it learned to predict {params.num_masked} hidden patches of {rows} × {columns} from the others. "
+        f"A neural network ({params.model.name}, a vision transformer of {params.model.encoder_depth} layers, width "
+        f"{params.model.encoder_width}) learned from {index.count['train']:,} images without labels (pretraining). Each "
+        f"image is cut into {rows} × {columns} = {rows * columns} small squares (patches); {params.num_masked} of them "
+        "are hidden and the network predicts them from the rest. "
     )
     linear = metrics_of(workspace, "probe_linear")
     if "top1" in linear:
         text += (
-            f"A linear classifier on its frozen representations names {linear['top1']:.1%} of "
-            f"{index.count['val']:,} validation images correctly; of the same network with random weights, "
-            f"{linear['random_init_top1']:.1%}."
+            "To measure what it learned it is frozen, and a simple classifier is trained with labels on its output: it "
+            f"names {linear['top1']:.1%} of {index.count['val']:,} images that were kept out of all training correctly. "
+            f"On the same network without any training (random weights) that is {linear['random_init_top1']:.1%}; "
+            f"blind guessing gives {1 / len(index.classes):.1%}."
         )
     else:
         text += "The images have no labels, so nothing here is measured against classes."
@@ -118,9 +132,13 @@ def _cards(workspace: Workspace) -> list[dict[str, str]]:
             cards.append({"value": f"{row.pretrained.mean:.1%}", "what": row.label, "beside": beside})
     tokenizer = metrics_of(workspace, "tokenizer")
     if "usage" in tokenizer:
-        beside = f"perplexity {tokenizer['perplexity']:.0f}, {tokenizer['psnr_db']:.1f} dB"
+        beside = f"perplexity {tokenizer['perplexity']:.0f}, PSNR {tokenizer['psnr_db']:.1f} dB"
         cards.append(
-            {"value": f"{tokenizer['usage']:.0%}", "what": "of the tokenizer's codes in use", "beside": beside}
+            {
+                "value": f"{tokenizer['usage']:.0%}",
+                "what": f"of {workspace.params.tokenizer.vocab_size} tokenizer codes in use",
+                "beside": beside,
+            }
         )
     return cards
 

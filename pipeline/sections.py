@@ -1,5 +1,6 @@
 """The sections of the report: what each shows, and the sentences that say how to read it."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline import figures, seeds
-from pipeline.pictures import Sample, Studio
+from pipeline.pictures import BANK_IMAGES, Sample, Studio
+from pipeline.pretrain import COLLAPSED_VARIANCE
 from pipeline.results import accuracies
 from pipeline.workspace import Workspace
 
-NUM_IMAGES = 8
+NUM_IMAGES = 10
 NUM_QUERIES, NUM_NEIGHBORS = 5, 7
 
 
@@ -61,7 +63,7 @@ def metrics_of(workspace: Workspace, stage: str) -> dict[str, Any]:
 
 def _accuracies(workspace: Workspace, drawings: Path) -> Section | None:
     runs = seeds.comparable(workspace)
-    bars, table = [], [["top-1 accuracy in %", "pretrained", "random weights", "gain in points"]]
+    bars, table = [], [["correctly named images, %", "pretrained", "random weights", "gain in points"]]
     for row in accuracies(workspace):
         if row.pretrained and row.random:
             bars.append((row.label, *row.pretrained, *row.random))
@@ -74,15 +76,18 @@ def _accuracies(workspace: Workspace, drawings: Path) -> Section | None:
         f"Mean ± standard deviation over the seeds {', '.join(str(run['params']['seed']) for run in runs)} "
         "(seeds.json); everything else on this page is of the last run."
         if len(runs) > 1
-        else "One run; `cae-pipe seeds 0 1 2` adds the spread over seeds."
+        else "One run only. From another random start the figures change a little; `cae-pipe seeds 0 1 2` repeats the "
+        "run from three and shows by how much."
     )
     return Section(
         id="accuracy",
         short="Accuracy",
         title="What pretraining gives",
-        text="The encoder never saw a label. Each row asks in another way how much it knows about the classes all the "
-        "same, beside an encoder of the same shape with random weights. Fine-tuning trains the whole encoder with "
-        "labels, from both starts, with the same few epochs.",
+        text="In pretraining the encoder saw no labels. Each row then uses labels in another way, with the pretrained "
+        "encoder and with one of random weights: the gain counts, not the height of a bar. In the rows of the probes "
+        "the encoder stays frozen; an attentive probe learns much by itself, so it does well even on random weights. "
+        f"Fine-tuning trains the whole encoder for {workspace.params.finetune.epochs} epochs, which from random weights "
+        "may be too few to reach even the probes.",
         table=table,
         pictures=[
             Picture("accuracy.png", "Bars: accuracy of the pretrained encoder beside random weights", scrolls=False)
@@ -94,15 +99,15 @@ def _accuracies(workspace: Workspace, drawings: Path) -> Section | None:
 def _training(workspace: Workspace, drawings: Path) -> Section:
     chosen = {
         "pretrain": (
-            ("decoding_loss", "pretrain: decoding loss"),
+            ("decoding_loss", "pretrain: decoding loss ↓"),
             ("alignment_loss", "pretrain: alignment loss"),
             ("latent_variance", "pretrain: variance over patches"),
         ),
         "tokenizer": (
-            ("reconstruction_loss", "tokenizer: reconstruction loss"),
-            ("perplexity", "tokenizer: codes in use (perplexity)"),
+            ("reconstruction_loss", "tokenizer: reconstruction loss ↓"),
+            ("perplexity", "tokenizer: perplexity of the codes"),
         ),
-        "finetune": (("loss", "fine-tuning: loss"),),
+        "finetune": (("loss", "fine-tuning: loss ↓"),),
     }
     panels = []
     for stage, names in chosen.items():
@@ -113,21 +118,27 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
                 panels.append((title, steps, values))
     figures.curves(drawings / "curves.png", panels)
     pretrain = metrics_of(workspace, "pretrain")
-    accuracy = (
-        f" At the end it names the right code for {pretrain['token_accuracy']:.1%} of the masked patches of images "
-        f"that it was not trained on; chance would be {1 / workspace.params.tokenizer.vocab_size:.1%}."
-        if "token_accuracy" in pretrain
-        else f" At the end the masked pixels are predicted to {pretrain['masked_psnr_db']:.1f} dB."
-    )
+    vocab = workspace.params.tokenizer.vocab_size
+    if "token_accuracy" in pretrain:
+        reached = (
+            f"It starts near {math.log(vocab):.1f}, the value of guessing. At the end the model names exactly the right "
+            f"code for {pretrain['token_accuracy']:.1%} of the masked patches of validation images; guessing among "
+            f"{vocab} codes gives {1 / vocab:.1%}."
+        )
+    else:
+        psnr = pretrain["masked_psnr_db"]
+        reached = f"At the end the masked pixels are predicted with a likeness of {psnr:.1f} dB (higher is better)."
     return Section(
         id="training",
         short="Training",
         title="How the training went",
-        text="The decoding loss should fall and go on falling. The variance of the representation over the patches of "
-        f"an image dips at first and must recover: near 0 all patches look alike to the encoder.{accuracy}",
+        text=f"What is marked ↓ should fall; a step is one batch of images. The decoding loss says how well the hidden "
+        f"patches are predicted. {reached} The variance tells how different the patches of an image look to the "
+        f"encoder: it dips at first and must recover (alarm below {COLLAPSED_VARIANCE}).",
         pictures=[Picture("curves.png", "Curves of the losses over the steps of each training")],
-        note="The alignment loss may rise while the representation grows richer; only its size beside the variance "
-        "says anything.",
+        note="The alignment loss may rise while the representation grows richer. Compare it with the variance: giving "
+        "every patch the average of its image would make the two equal, so below it is better. At the end, on "
+        f"validation images: {pretrain['alignment_loss']:.2f} against {pretrain['latent_variance']:.2f}.",
     )
 
 
@@ -145,8 +156,9 @@ def _tokenizer(studio: Studio, sample: Sample, drawings: Path) -> Section | None
         short="Tokenizer",
         title="What the tokenizer keeps of an image",
         text="Each patch is described by a single code, and drawn again from it. What is lost here cannot be asked of "
-        f"the model. {values['usage']:.0%} of {studio.target.num_outputs} codes are in use; drawn again, the "
-        f"validation images are {values['psnr_db']:.1f} dB away from themselves.",
+        f"the model. {values['usage']:.0%} of {studio.target.num_outputs} codes are in use. Drawn again from them, the "
+        f"validation images are like the originals to {values['psnr_db']:.1f} dB (PSNR, higher is better: 20 is rough, "
+        f"30 is good). The pictures on this page show the first {NUM_IMAGES} validation images, class by class.",
         pictures=[Picture("tokenizer.png", "Validation images above, the same images from their codes below")],
     )
 
@@ -154,16 +166,16 @@ def _tokenizer(studio: Studio, sample: Sample, drawings: Path) -> Section | None
 def _completions(studio: Studio, sample: Sample, drawings: Path) -> Section:
     rows = [("image", figures.columns_of(sample.images))]
     for completion in studio.completions(sample.images):
-        rows.append((f"seen\n{completion.name}", figures.columns_of(completion.seen)))
-        rows.append(("completed", figures.columns_of(completion.completed)))
+        rows.append((completion.name, figures.columns_of(completion.seen)))
+        rows.append(("filled in", figures.columns_of(completion.completed)))
     figures.sheet(drawings / "completions.png", rows)
     return Section(
         id="completions",
-        short="Completions",
+        short="Hidden patches",
         title="What it makes of hidden patches",
-        text="Grey patches are hidden from the model; it fills them in from the others. The mask is of one kind in "
-        "training and of other kinds here, to see what carries over. Where several answers are possible it must choose "
-        "patch by patch, so neighbours need not agree.",
+        text="Grey patches are hidden; everything else, plain black too, is shown to the model. Only the grey patches "
+        "are filled in, the rest is the original. The first pair of rows hides patches as in training, the others in "
+        "ways that it was not trained for. Each hidden patch is chosen on its own, so neighbours need not fit together.",
         pictures=[
             Picture("completions.png", "Rows: images, what the model saw under several masks, what it completed")
         ],
@@ -171,20 +183,22 @@ def _completions(studio: Studio, sample: Sample, drawings: Path) -> Section:
 
 
 def _without_regressor(studio: Studio, sample: Sample, drawings: Path) -> Section:
-    best, reached = studio.psnr_db()
+    plain, best, reached = studio.psnr_db()
     rows = [
         ("image", figures.columns_of(sample.images)),
         ("encoder →\ndecoder", figures.columns_of(studio.without_regressor(sample.images))),
     ]
     figures.sheet(drawings / "without_regressor.png", rows)
-    bound = f" (the codes alone would allow {best:.1f} dB)" if studio.target.kind != "pixels" else ""
+    bound = f", and the codes allow about {best:.1f} dB" if studio.target.kind != "pixels" else ""
     return Section(
         id="without-regressor",
-        short="Without regressor",
-        title="Encoder straight into decoder (the paper's Figure 3)",
-        text="In training the decoder only ever reads what the regressor predicts. Here it reads the encoder's own "
-        "representations of the whole image instead. If the image comes back, prediction happened in the encoder's "
-        f"space, which is what the alignment is for. Reached: {reached:.1f} dB{bound}.",
+        short="Decoder test",
+        title="Encoder straight into decoder (Figure 3 of the paper)",
+        text="In training the decoder reads only what the regressor predicts for hidden patches. Here nothing is "
+        "hidden, the regressor is left out, and the decoder reads the encoder's output directly. If the image comes "
+        "back, the regressor predicts in the encoder's own terms, which is what the alignment is for. Likeness: "
+        f"{reached:.1f} dB; a plain picture of the mean colour has {plain:.1f} dB{bound}. A broken image here takes "
+        "nothing from the accuracies above, which use the encoder alone.",
         pictures=[
             Picture("without_regressor.png", "Images above, what the decoder draws from the encoder's output below")
         ],
@@ -200,10 +214,11 @@ def _class_attention(studio: Studio, sample: Sample, drawings: Path) -> Section:
     figures.sheet(drawings / "class_attention.png", rows)
     return Section(
         id="class-attention",
-        short="Class attention",
-        title="Where the class token looks (Figure 4)",
-        text="Attention of the class token to the patches in the last layer, mean over the heads: bright is much. The "
-        "yellow contour holds the fewest patches that have half of all attention.",
+        short="Where it looks",
+        title="Where the class token looks (Figure 4 of the paper)",
+        text="How much the class token, the entry that gathers the whole image, reads from each patch in the last "
+        "layer (mean over the heads): dark is little, yellow is much, each picture on a scale of its own. The outline "
+        "holds the fewest patches that together get half of the attention.",
         pictures=[
             Picture("class_attention.png", "Attention maps over validation images, pretrained and random weights")
         ],
@@ -221,10 +236,11 @@ def _probe_attention(studio: Studio, sample: Sample, drawings: Path) -> Section 
     figures.sheet(drawings / "probe_attention.png", rows)
     return Section(
         id="probe-attention",
-        short="Probe attention",
-        title="Where the attentive probe looks (Figure 5)",
-        text="The attentive probe learns with labels which patches to read: the bright ones. The yellow contour "
-        "holds half of its attention; it should lie on the object.",
+        short="Where the probe looks",
+        title="Where the attentive probe looks (Figure 5 of the paper)",
+        text="The attentive probe learns with labels which patches to read. Colours and outline as above; the outline "
+        "should lie on the object. A patch that is outlined in every picture, such as a corner, says nothing about "
+        "the single image.",
         pictures=[Picture("probe_attention.png", "Attention of the attentive probe over validation images")],
     )
 
@@ -240,13 +256,14 @@ def _patches(studio: Studio, drawings: Path) -> Section:
     return Section(
         id="patches",
         short="Patch map",
-        title="The representations of patches as a map (Figure 6)",
-        text="t-SNE puts patches whose representations are alike near each other. After pretraining, patches of one "
-        f"class should gather more than with random weights. {color}; {len(embedding.labels):,} patches that are "
-        "not plain background.",
+        title="The representations of patches as a map (Figure 6 of the paper)",
+        text=f"Each point is one of {len(embedding.labels):,} patches that are not plain background; t-SNE puts patches "
+        "with similar representations close together. Axes and the distances between groups mean nothing. Look at the "
+        "colours, not at how tight the groups are: patches of one colour should be together more on the left than on "
+        f"the right. {color}.",
         pictures=[Picture("patches.png", "Two scatter plots: patches by the pretrained and by the random encoder")],
-        note="The paper colours by the category of the pixels; a stroke or a corner that many classes share has no "
-        "colour of its own here, so mixed groups are expected.",
+        note="Many classes share strokes and corners, so mixed groups are normal. (The paper colours by the category "
+        "of a patch's pixels, which takes images that are labelled pixel by pixel.)",
     )
 
 
@@ -254,12 +271,14 @@ def _neighbors(studio: Studio, drawings: Path) -> Section:
     queries = studio.sample("val", NUM_QUERIES)
     neighbors = studio.neighbors(queries.images, NUM_NEIGHBORS)
     figures.sheet(drawings / "neighbors.png", figures.neighbor_rows(queries, neighbors))
-    framed = " Blue frames share the class of the image asked for, orange ones do not." if any(queries.labels) else ""
+    framed = " Blue frames have the class of the image at the left, orange ones another." if any(queries.labels) else ""
     return Section(
         id="neighbors",
-        short="Neighbours",
+        short="Similar images",
         title="What it finds alike",
-        text="At the left a validation image, beside it the training images whose mean representation is most similar "
-        f"(cosine, in the caption). No label is used in the search.{framed}",
+        text="At the left a validation image, beside it the most similar of "
+        f"{min(BANK_IMAGES, studio.workspace.index.count['train']):,} training images, by the mean of their patches; no "
+        "label is used in the search. Under each its similarity (cosine; 1 is the same, and only differences within a "
+        f"row count).{framed}",
         pictures=[Picture("neighbors.png", "Validation images and their nearest training images")],
     )

@@ -130,16 +130,16 @@ def build_tokenizer(params: profiles.Params, channels: int) -> Dvae:
 def test_cifar10_builds_its_model_and_tokenizer() -> None:
     params = profiles.read(PARAMS, "cifar10").params
     assert params.prepare.source == "cifar10"
-    assert (params.model.size_px, params.model.grid, params.num_masked) == ((32, 32), (8, 8), 32)
+    assert (params.model.size_px, params.model.grid, params.num_masked) == ((32, 32), (8, 8), 48)
     assert (params.pretrain.flip, params.pretrain.crop_scale) == (0.5, (0.3, 1.0))
     with torch.device("meta"):
         model = ContextAutoencoder(params.architecture(3, params.tokenizer.vocab_size))
         dvae = build_tokenizer(params, channels=3)
         logits = dvae.logits(torch.zeros(2, 3, 32, 32))
-        visible = masked = torch.zeros(2, 32, dtype=torch.int64)
+        visible, masked = (torch.zeros(2, count, dtype=torch.int64) for count in (16, 48))
         output = model(torch.zeros(2, 3, 32, 32), visible, masked)
     assert logits.shape == (2, params.tokenizer.vocab_size, 8, 8)
-    assert output.prediction.shape == (2, 32, params.tokenizer.vocab_size)
+    assert output.prediction.shape == (2, 48, params.tokenizer.vocab_size)
 
 
 def test_every_profile_is_valid_and_says_what_it_is() -> None:
@@ -191,15 +191,15 @@ def test_an_overlay_changes_its_lines_and_no_others(folder: Path) -> None:
     assert after[:2] == ["# Mine", "# Written by `cae-pipe profile apply mine`."]
     # The origin is one line more than the line that it replaces.
     changed = [(old, new) for old, new in zip(before[1:], after[2:], strict=True) if old != new]
-    sources = "mnist5k | cifar10 | cifar10:FOLDER | folder:PATH"
+    line = next(line for line in before if line.startswith("  source: mnist5k "))
     assert changed == [
-        (f"  source: mnist5k             # {sources}", f"  source: {source} # {sources}"),
+        (line, f"  source: {source} {line[line.index('#') :]}"),
         (
             "  image_size: 28              # pixels, one number or [height, width]",
             "  image_size: [28, 56]        # pixels, one number or [height, width]",
         ),
         (
-            "    ratio: 0.5                # share of the patches that is masked, exactly",
+            "    ratio: 0.75               # share of the patches that is masked, exactly",
             "    ratio: 0.25               # a quarter",
         ),
     ]
