@@ -28,9 +28,9 @@ GLOSSARY = {
     "random weights": "The same network without any training: what a figure is worth must be seen beside it.",
     "class token": "One extra entry beside the patches, in which the encoder can gather the whole image.",
     "mean of patches": "The average of the representations of all patches of an image.",
-    "probe": "A classifier trained with labels on the frozen encoder's output; it measures the encoder and leaves it as "
-    "it is. The linear probe is the simplest, one weighted sum for each class; the attentive probe also learns which "
-    "patches to read.",
+    "probe": "A classifier trained with labels on the frozen encoder's output; it measures the encoder and leaves "
+    "it as it is. The linear probe is the simplest, one weighted sum for each class; the attentive probe also learns "
+    "which patches to read.",
     "nearest neighbours": "The most similar training images vote; nothing is trained.",
     "fine-tuning": "The whole encoder is trained further, with labels.",
     "validation images": "Images kept out of every training; all results are measured on them.",
@@ -89,15 +89,15 @@ def _summary(workspace: Workspace) -> str:
     rows, columns = params.model.grid
     text = (
         f"A neural network ({params.model.name}, a vision transformer of {params.model.encoder_depth} layers, width "
-        f"{params.model.encoder_width}) learned from {index.count['train']:,} images without labels (pretraining). Each "
-        f"image is cut into {rows} × {columns} = {rows * columns} small squares (patches); {params.num_masked} of them "
-        "are hidden and the network predicts them from the rest. "
+        f"{params.model.encoder_width}) learned from {index.count['train']:,} images without labels (pretraining). "
+        f"Each image is cut into {rows} × {columns} = {rows * columns} small squares (patches); {params.num_masked} of "
+        "them are hidden and the network predicts them from the rest. "
     )
     linear = metrics_of(workspace, "probe_linear")
     if "top1" in linear:
         text += (
-            "To measure what it learned it is frozen, and a simple classifier is trained with labels on its output: it "
-            f"names {linear['top1']:.1%} of {index.count['val']:,} images that were kept out of all training correctly. "
+            "To measure what it learned it is frozen, and a simple classifier is trained with labels on its output: "
+            f"it names {linear['top1']:.1%} of {index.count['val']:,} images correctly that were kept out of training. "
             f"On the same network without any training (random weights) that is {linear['random_init_top1']:.1%}; "
             f"blind guessing gives {1 / len(index.classes):.1%}."
         )

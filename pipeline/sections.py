@@ -86,8 +86,8 @@ def _accuracies(workspace: Workspace, drawings: Path) -> Section | None:
         text="In pretraining the encoder saw no labels. Each row then uses labels in another way, with the pretrained "
         "encoder and with one of random weights: the gain counts, not the height of a bar. In the rows of the probes "
         "the encoder stays frozen; an attentive probe learns much by itself, so it does well even on random weights. "
-        f"Fine-tuning trains the whole encoder for {workspace.params.finetune.epochs} epochs, which from random weights "
-        "may be too few to reach even the probes.",
+        f"Fine-tuning trains the whole encoder for {workspace.params.finetune.epochs} epochs, which from random "
+        "weights may be too few to reach even the probes.",
         table=table,
         pictures=[
             Picture("accuracy.png", "Bars: accuracy of the pretrained encoder beside random weights", scrolls=False)
@@ -121,9 +121,9 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
     vocab = workspace.params.tokenizer.vocab_size
     if "token_accuracy" in pretrain:
         reached = (
-            f"It starts near {math.log(vocab):.1f}, the value of guessing. At the end the model names exactly the right "
-            f"code for {pretrain['token_accuracy']:.1%} of the masked patches of validation images; guessing among "
-            f"{vocab} codes gives {1 / vocab:.1%}."
+            f"It starts near {math.log(vocab):.1f}, the value of guessing. At the end the model names exactly the "
+            f"right code for {pretrain['token_accuracy']:.1%} of the masked patches of validation images; guessing "
+            f"among {vocab} codes gives {1 / vocab:.1%}."
         )
     else:
         psnr = pretrain["masked_psnr_db"]
@@ -175,7 +175,7 @@ def _completions(studio: Studio, sample: Sample, drawings: Path) -> Section:
         title="What it makes of hidden patches",
         text="Grey patches are hidden; everything else, plain black too, is shown to the model. Only the grey patches "
         "are filled in, the rest is the original. The first pair of rows hides patches as in training, the others in "
-        "ways that it was not trained for. Each hidden patch is chosen on its own, so neighbours need not fit together.",
+        "ways that it was not trained for. Each hidden patch is chosen on its own: neighbours need not fit together.",
         pictures=[
             Picture("completions.png", "Rows: images, what the model saw under several masks, what it completed")
         ],
@@ -257,10 +257,10 @@ def _patches(studio: Studio, drawings: Path) -> Section:
         id="patches",
         short="Patch map",
         title="The representations of patches as a map (Figure 6 of the paper)",
-        text=f"Each point is one of {len(embedding.labels):,} patches that are not plain background; t-SNE puts patches "
-        "with similar representations close together. Axes and the distances between groups mean nothing. Look at the "
-        "colours, not at how tight the groups are: patches of one colour should be together more on the left than on "
-        f"the right. {color}.",
+        text=f"Each point is one of {len(embedding.labels):,} patches that are not plain background; t-SNE puts "
+        "patches with similar representations close together. Axes and the distances between groups mean nothing. Look "
+        "at the colours, not at how tight the groups are: patches of one colour should be together more on the left "
+        f"than on the right. {color}.",
         pictures=[Picture("patches.png", "Two scatter plots: patches by the pretrained and by the random encoder")],
         note="Many classes share strokes and corners, so mixed groups are normal. (The paper colours by the category "
         "of a patch's pixels, which takes images that are labelled pixel by pixel.)",
@@ -277,8 +277,8 @@ def _neighbors(studio: Studio, drawings: Path) -> Section:
         short="Similar images",
         title="What it finds alike",
         text="At the left a validation image, beside it the most similar of "
-        f"{min(BANK_IMAGES, studio.workspace.index.count['train']):,} training images, by the mean of their patches; no "
-        "label is used in the search. Under each its similarity (cosine; 1 is the same, and only differences within a "
-        f"row count).{framed}",
+        f"{min(BANK_IMAGES, studio.workspace.index.count['train']):,} training images, by the mean of their patches; "
+        "no label is used in the search. Under each its similarity (cosine; 1 is the same, and only differences within "
+        f"a row count).{framed}",
         pictures=[Picture("neighbors.png", "Validation images and their nearest training images")],
     )
