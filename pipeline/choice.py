@@ -7,6 +7,7 @@ from cae.errors import UserError
 from pipeline.inspection import Findings
 
 MIN_SIDE_PX, LARGE_PX = 8, 128
+MAX_BROKEN = 0.5
 CPU_MAX_PX, GPU_MAX_PX = 64, 224
 # Patches of the training data for one code, as on the digits, where 256 codes fill well.
 PATCHES_PER_CODE = 768
@@ -65,6 +66,20 @@ def choose(findings: Findings, source: str, *, gpu: bool, num_cores: int) -> lis
         Choice("probe.linear.lr", 0.1 * batches["probe.linear"] / 256, "0.1 · batch / 256"),
         Choice("probe.knn.k", max(1, min(20, findings.num_train // 10)), "a tenth of the training images, at most 20"),
     ]
+
+
+def tolerance(findings: Findings, shipped: float) -> list[Choice]:
+    """A higher `prepare.max_reject_fraction` where the shipped one would stop at what was seen and named.
+
+    With more than half of the files broken it is left, for then the source itself is suspect.
+    """
+    broken = findings.broken_fraction
+    if not shipped < broken <= MAX_BROKEN:
+        return []
+    # Half as much again, for in a sample there may be a few less than in all.
+    raised = min(math.ceil(150 * broken) / 100, 1.0)
+    reason = f"{len(findings.broken)} of {findings.num_sampled} are broken and left out"
+    return [Choice("prepare.max_reject_fraction", raised, reason)]
 
 
 def lengths(

@@ -14,7 +14,7 @@ from cae.config import Params, load_params
 from cae.data.sources import open_source
 from cae.errors import UserError
 from pipeline import estimate, params_file
-from pipeline.choice import Choice, choose, lengths
+from pipeline.choice import MAX_BROKEN, Choice, choose, lengths, tolerance
 from pipeline.inspection import Findings, inspect
 
 KINDS_BY_SUFFIX = {".csv": "csv", ".parquet": "parquet", ".tar": "wds"}
@@ -35,9 +35,10 @@ def run(images: str, out: Path, force: bool) -> None:
     console = Console()
     findings = inspect(source, shipped.prepare.val_fraction)
     console.print(_findings_table(url, findings))
-    _warn(console, findings, shipped)
+    _warn(console, findings)
     gpu = torch.cuda.is_available() and shipped.runtime.device != "cpu"
     choices = choose(findings, url, gpu=gpu, num_cores=os.cpu_count() or 1)
+    choices += tolerance(findings, shipped.prepare.max_reject_fraction)
     raw = with_choices(template, choices)
     channels = 1 if findings.grey else 3
     params = params_file.validate(raw, str(out))
@@ -116,14 +117,13 @@ def _findings_table(url: str, findings: Findings) -> Table:
     return table
 
 
-def _warn(console: Console, findings: Findings, params: Params) -> None:
+def _warn(console: Console, findings: Findings) -> None:
     for reject in findings.broken[:SHOWN_BROKEN]:
         console.print(f"{reject.key}: {reject.reason} ({reject.detail})", soft_wrap=True, markup=False)
-    most = params.prepare.max_reject_fraction
-    if findings.broken_fraction > most:
+    if findings.broken_fraction > MAX_BROKEN:
         console.print(
-            f"{findings.broken_fraction:.1%} are broken, more than prepare.max_reject_fraction {most}: prepare would "
-            "stop. Mend or remove them, or raise the fraction",
+            f"{findings.broken_fraction:.0%} are broken, more than half: `prepare` will stop. Mend or remove them, or "
+            "raise prepare.max_reject_fraction",
             soft_wrap=True,
         )
     if not findings.class_counts:

@@ -11,7 +11,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from cae.config import load_params
-from cae.data.sources import Folder
+from cae.data.sources import Folder, Reject
 from cae.errors import UserError
 from pipeline import choice, estimate, init, params_file
 from pipeline.inspection import Findings, inspect
@@ -53,6 +53,18 @@ def test_inspection_counts_what_is_in_the_folder(tmp_path: Path) -> None:
     assert findings.class_counts == {str(digit): 30 for digit in range(10)}
     assert not findings.grey
     assert abs(findings.num_train - 0.8 * 280) <= 2
+
+
+def test_broken_files_that_were_named_do_not_stop_the_run_unless_they_are_most() -> None:
+    reject = Reject("x.png", "truncated", "cut off")
+
+    def chosen(num_broken: int) -> list[float]:
+        return [c.value for c in choice.tolerance(replace(DIGITS, num_sampled=300, broken=[reject] * num_broken), 0.05)]
+
+    assert chosen(10) == []
+    assert chosen(20) == [0.1]
+    assert chosen(20)[0] > 20 / 300
+    assert chosen(151) == []
 
 
 def test_a_large_source_is_sampled_and_counted_in_full(tmp_path: Path) -> None:
