@@ -45,7 +45,7 @@ BASE: dict[str, Any] = {
 }
 # What the first half of the study found, which the second half starts from.
 FOUND = {"pretrain.mask.kind": "random", "pretrain.mask.ratio": 0.75, "pretrain.lr": 0.002}
-PIXELS = {**FOUND, "tokenizer.kind": "pixels"}
+PIXELS = {**FOUND, "tokenizer.kind": "pixels", "pretrain.epochs": 5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "λ 0": {"pretrain.alignment_weight": 0.0},
@@ -79,7 +79,7 @@ def place_of(folder: Path, name: str) -> Path:
 
 
 def is_finished(place: Path) -> bool:
-    return (place / "metrics/probe_knn.json").exists()
+    return all((place / f"metrics/{stage}.json").exists() for stage in ("probe_linear", "probe_knn"))
 
 
 def run(folder: Path, names: list[str]) -> None:
