@@ -167,6 +167,8 @@ def test_without_labels_pretraining_and_export_work_and_the_labelled_stages_are_
     for stage, run in STAGES.items():
         run(workspace)
         metrics = workspace.read_metrics(stage)
+        if stage == "report":  # test_report.py looks at it
+            continue
         assert metrics is not None
         labelled = stage == "finetune" or stage.startswith("probe")
         assert ("no labels" in str(metrics.get("skipped"))) == labelled, stage
