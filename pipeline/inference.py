@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from tqdm import tqdm
 
-from cae.data.sources import IMAGE_SUFFIXES
+from cae.data.sources.folder import image_files
 from cae.errors import NotReady, UserError
 from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
 from serving.masks import View, draw, random_mask
@@ -102,7 +102,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            files += image_files(path)
         elif path.is_file():
             files.append(path)
         else:

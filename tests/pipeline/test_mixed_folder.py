@@ -10,6 +10,7 @@ import pytest
 from cae.data.shards import ImageShards
 from cae.data.sources import Reason
 from pipeline import prepare
+from pipeline.inference import find_images
 from pipeline.workspace import Workspace
 from tests.mixed_images import Mixed, write_mixed_folder
 from tests.pipeline.conftest import MakeWorkspace
@@ -84,3 +85,10 @@ def test_every_file_that_is_not_used_is_named_with_its_reason(
         len(mixed.strays),
         0,
     )
+
+
+def test_embed_finds_the_images_that_prepare_uses(mixed_folder: tuple[Path, Mixed]) -> None:
+    folder, mixed = mixed_folder
+    found = {path.relative_to(folder).as_posix() for path in find_images([folder])}
+    assert set(mixed.good) <= found
+    assert found <= set(mixed.good) | set(mixed.broken)

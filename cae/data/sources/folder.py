@@ -61,7 +61,7 @@ class Folder:
     def _look(self, key: str) -> bool:
         """Put the file among the images or the strays; True when it begins like an image."""
         path = self.folder / key
-        meant = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")  # macOS's notes on a file
+        meant = is_meant_as_image(path)
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 # Reading from a pipe would wait for ever.
@@ -92,6 +92,28 @@ class Folder:
     def _class_name(self, key: str) -> str | None:
         parts = key.split("/")[1 if self._has_split_folders else 0 :]
         return parts[0] if len(parts) > 1 else None
+
+
+def is_meant_as_image(path: Path) -> bool:
+    """By its suffix; `._` files are macOS's notes on a file."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below `folder` that are meant as images or begin like one, in order."""
+    keys = sorted(_files_below(folder), key=lambda key: key.split("/"))
+    return [folder / key for key in keys if is_meant_as_image(folder / key) or _begins_like_an_image(folder / key)]
+
+
+def _begins_like_an_image(path: Path) -> bool:
+    # Opening a pipe would wait for ever.
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return image_kind(file.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def _files_below(folder: Path) -> Iterator[str]:
