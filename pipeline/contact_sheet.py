@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode
+from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, to_mode
 
 CELL_PX = 112
 TEXT_PX = 30
@@ -52,7 +52,7 @@ def draw_sheet(rows: list[list[Cell]]) -> Image.Image:
 def _thumbnail(path: str) -> Image.Image | None:
     """The image on a grey square, small ones enlarged by whole pixels; None where it cannot be read any more."""
     try:
-        image = decode(Path(path).read_bytes(), max_pixels=PILLOW_MAX_PIXELS).convert("RGB")
+        image = to_mode(decode(Path(path).read_bytes(), max_pixels=PILLOW_MAX_PIXELS), 3)
     except (OSError, ImageError):
         return None
     scale = CELL_PX / max(image.size)

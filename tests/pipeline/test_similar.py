@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from cae.errors import NotReady, UserError
 from pipeline import similar
+from pipeline.contact_sheet import CELL_PX, GAP_PX, Cell, draw_sheet
 from pipeline.similar import Features
 from tests.pipeline.command import cae_pipe
 from tests.serving.tiny_bundle import write_tiny_bundle
@@ -166,3 +167,12 @@ def test_wrong_files_are_named(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "nan.npz", path=np.array(["a"]), pooled=np.array([[np.nan]], np.float32))
     with pytest.raises(UserError, match="finite"):
         Features.read(tmp_path / "nan.npz", None)
+
+
+def test_the_contact_sheet_shows_deep_and_transparent_images_as_the_model_sees_them(tmp_path: Path) -> None:
+    deep = np.full((16, 16), 257 * 100, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.new("LA", (16, 16), (0, 0)).save(tmp_path / "clear.png")
+    sheet = draw_sheet([[Cell(str(tmp_path / name), "") for name in ("deep.png", "clear.png")]])
+    middles = [sheet.getpixel((GAP_PX + column * (CELL_PX + GAP_PX) + CELL_PX // 2, CELL_PX // 2)) for column in (0, 1)]
+    assert middles == [(100, 100, 100), (255, 255, 255)]
