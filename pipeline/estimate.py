@@ -17,14 +17,13 @@ from cae.heads import Classifier
 from cae.masking import MaskSampler
 from cae.model import ContextAutoencoder, Encoder
 from cae.normalization import Normalization
-from cae.targets.dvae import Dvae, DvaeArchitecture
 from cae.train.device import Hardware
 from cae.train.optimizer import adamw
 from pipeline.batches import unit_range
 from pipeline.inspection import Findings, sample_positions
 from pipeline.prepare import Preparation
 from pipeline.pretrain import Objective
-from pipeline.tokenizer import temperature
+from pipeline.tokenizer import build, temperature
 
 TIMED_STEPS = 3
 STORED_SAMPLE = 64
@@ -53,23 +52,11 @@ def time_steps(params: Params, channels: int, num_classes: int) -> Steps:
     """Run a few steps of the three trainings with these parameters, on random pixels."""
     hardware = Hardware.choose(params.runtime)
     model, config = params.model, params.tokenizer
-    mean, std = [0.5] * channels, [0.25] * channels
-    dvae = Dvae(
-        DvaeArchitecture(
-            channels=channels,
-            patch_size=model.patch_size,
-            grid=model.grid,
-            vocab_size=config.vocab_size,
-            code_width=config.code_width,
-            hidden_width=config.hidden_width,
-            num_res_blocks=config.num_res_blocks,
-        ),
-        mean,
-        std,
-    ).to(hardware.device)
+    normalization = Normalization([0.5] * channels, [0.25] * channels)
+    dvae = build(params, normalization).to(hardware.device)
     architecture = params.architecture(channels, dvae.num_outputs)
     cae = ContextAutoencoder(architecture, params.pretrain.drop_path)
-    objective = Objective(cae, dvae, Normalization(mean, std), params.pretrain.alignment_weight, 1)
+    objective = Objective(cae, dvae, normalization, params.pretrain.alignment_weight, 1)
     objective.to(hardware.device)
     classifier = Classifier(Encoder(architecture, params.finetune.drop_path), max(2, num_classes)).to(hardware.device)
 

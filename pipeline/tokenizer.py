@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae.config import TokenizerConfig
+from cae.config import Params, TokenizerConfig
 from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import Diverged
+from cae.normalization import Normalization
 from cae.targets.dvae import Dvae, DvaeArchitecture, perplexity
 from cae.targets.files import AnyTarget, save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
@@ -53,16 +54,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
     params, index = workspace.params, workspace.index
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
-    architecture = DvaeArchitecture(
-        channels=index.channels,
-        patch_size=params.model.patch_size,
-        grid=params.model.grid,
-        vocab_size=config.vocab_size,
-        code_width=config.code_width,
-        hidden_width=config.hidden_width,
-        num_res_blocks=config.num_res_blocks,
-    )
-    dvae = Dvae(architecture, index.mean, index.std).to(hardware.device)
+    dvae = build(params, Normalization(index.mean, index.std)).to(hardware.device)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
     optimizer = adamw(dvae, config)
@@ -107,6 +99,21 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
             "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"
         )
     return dvae, {**quality}, efficiency
+
+
+def build(params: Params, normalization: Normalization) -> Dvae:
+    """An untrained tokenizer for images of as many channels as `normalization` has."""
+    config = params.tokenizer
+    architecture = DvaeArchitecture(
+        channels=len(normalization.mean),
+        patch_size=params.model.patch_size,
+        grid=params.model.grid,
+        vocab_size=config.vocab_size,
+        code_width=config.code_width,
+        hidden_width=config.hidden_width,
+        num_res_blocks=config.num_res_blocks,
+    )
+    return Dvae(architecture, *normalization)
 
 
 def collapse_alarm(config: TokenizerConfig, from_step: int) -> Alarm:

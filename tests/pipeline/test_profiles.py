@@ -11,10 +11,11 @@ import torch
 from cae.errors import UserError
 from cae.heads import Classifier
 from cae.model import ContextAutoencoder
+from cae.normalization import Normalization
 from cae.positions import sincos_positions
-from cae.targets.dvae import Dvae, DvaeArchitecture
+from cae.targets.dvae import Dvae
 from cae.train.optimizer import adamw, cosine_schedule
-from pipeline import profiles
+from pipeline import profiles, tokenizer
 from tests.tiny import ROOT
 
 PARAMS = ROOT / "params"
@@ -114,17 +115,7 @@ def test_a_profile_of_the_paper_builds_its_model_tokenizer_and_optimizers(size: 
 
 
 def build_tokenizer(params: profiles.Params, channels: int) -> Dvae:
-    config = params.tokenizer
-    architecture = DvaeArchitecture(
-        channels=channels,
-        patch_size=params.model.patch_size,
-        grid=params.model.grid,
-        vocab_size=config.vocab_size,
-        code_width=config.code_width,
-        hidden_width=config.hidden_width,
-        num_res_blocks=config.num_res_blocks,
-    )
-    return Dvae(architecture, [0.5] * channels, [0.25] * channels)
+    return tokenizer.build(params, Normalization([0.5] * channels, [0.25] * channels))
 
 
 def test_cifar10_builds_its_model_and_tokenizer() -> None:
