@@ -23,8 +23,8 @@ from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.workspace import Workspace
 
-# Healthy runs of docs/small-scale.md start at 0.1, dip to 0.04 at most and end above 0.4.
-COLLAPSED_VARIANCE = 0.02
+# Every run of docs/small-scale.md dips early on; after a third of the steps those on tokens stay at 0.1 or more, but λ = 10.
+COLLAPSED_VARIANCE, COLLAPSED_AFTER = 0.05, 1 / 3
 
 
 class Objective:
@@ -100,7 +100,7 @@ def run(workspace: Workspace) -> None:
             clip_grad=config.clip_grad,
             log_every_steps=config.log_every_steps,
             sink=sink,
-            alarms=(collapse_alarm(round(config.warmup_epochs * per_epoch)),),
+            alarms=(collapse_alarm(round(max(config.warmup_epochs * per_epoch, COLLAPSED_AFTER * total_steps))),),
         ).run(folder)
     model.eval()
     quality = evaluate(workspace, objective, masks, hardware)
