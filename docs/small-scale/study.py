@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random 0.75, lr 0.002": FOUND,
     "random 0.75, lr 0.002, λ 0": {**FOUND, "pretrain.alignment_weight": 0.0},
     "random 0.75, lr 0.002, λ 2": {**FOUND, "pretrain.alignment_weight": 2.0},
+    "random 0.75, lr 0.002, depth 4": {**FOUND, "model.depth": 4},
     "random 0.75, lr 0.002, width 192": {**FOUND, "model.width": 192, "model.num_heads": 6},
     **{
         f"pixels, λ {weight:g}, seed {seed}": {**PIXELS, "pretrain.alignment_weight": weight, "seed": seed}
