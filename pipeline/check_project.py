@@ -15,6 +15,9 @@ import psutil
 
 from cae.config import load_params
 from cae.data.shards import Index
+from cae.data.sources import KNOWN
+from cae.data.sources.parquet import parquet_files
+from cae.data.sources.shards import shard_files
 from cae.errors import NotReady, UserError
 from pipeline.check_machine import valid_params
 from pipeline.findings import Finding, ok, problem, warning
@@ -76,9 +79,28 @@ def source(workspace: Workspace) -> Iterator[Finding]:
     elif value == "cifar10":
         there = workspace.downloads.is_dir()
         yield ok(name, "cifar10, downloaded" if there else "cifar10, to be downloaded by `prepare` (170 MB)")
+    elif location and kind == "hf":
+        yield ok(name, f"{value}; `prepare` loads it")
+    elif location and kind in ("csv", "parquet", "wds"):
+        yield _source_files(kind, location, workspace.root)
     else:
-        expected = "mnist5k, cifar10, cifar10:FOLDER or folder:PATH"
-        yield problem(name, f"prepare.source: {value!r} is not a known source", f"set it to {expected}")
+        yield problem(name, f"prepare.source: {value!r} is not a known source", f"set it to one of {KNOWN}")
+
+
+def _source_files(kind: str, location: str, root: Path) -> Finding:
+    path = (root / location).resolve()
+    try:
+        if kind == "parquet":
+            count = len(parquet_files(path))
+        elif kind == "wds":
+            count = len(shard_files(location, root))
+        elif path.is_file():
+            count = 1
+        else:
+            raise UserError(f"prepare.source: there is no file {path}")
+    except UserError as error:
+        return problem("source", str(error), "name what is there in prepare.source")
+    return ok("source", f"{kind}:{location}, {count} {'file' if count == 1 else 'files'}")
 
 
 def prepared(workspace: Workspace) -> Iterator[Finding]:

@@ -130,13 +130,40 @@ def test_this_environment_fits(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("folder:nowhere", "is not a folder"), ("folder:empty", "is empty"), ("zip:x", "not a known source")],
+    [
+        ("folder:nowhere", "is not a folder"),
+        ("folder:empty", "is empty"),
+        ("zip:x", "not a known source"),
+        ("csv:list.csv", "there is no file"),
+        ("parquet:rows/*.parquet", "no parquet file"),
+        ("wds:shards/{0..1}.tar", "there is no"),
+    ],
 )
 def test_a_source_that_is_not_there(make_workspace: MakeWorkspace, tmp_path: Path, source: str, expected: str) -> None:
     workspace = make_workspace(tmp_path / "root", with_values(shipped_params(), {"prepare.source": source}))
     (workspace.root / "empty").mkdir()
     finding = worst(check_project.source(workspace))
     assert finding.status is Status.PROBLEM
+    assert expected in finding.text
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("csv:list.csv", "1 file"),
+        ("parquet:*.parquet", "1 file"),
+        ("wds:{a,b}.tar", "2 files"),
+        ("hf:user/pets", "`prepare` loads it"),
+    ],
+)
+def test_every_kind_of_source_is_known(
+    make_workspace: MakeWorkspace, tmp_path: Path, source: str, expected: str
+) -> None:
+    workspace = make_workspace(tmp_path / "root", with_values(shipped_params(), {"prepare.source": source}))
+    for name in ("list.csv", "rows.parquet", "a.tar", "b.tar"):
+        (workspace.root / name).touch()
+    finding = worst(check_project.source(workspace))
+    assert finding.status is Status.OK
     assert expected in finding.text
 
 

@@ -115,7 +115,7 @@ class Parquet(Table):
     """
 
     def __init__(self, location: Path) -> None:
-        files = _expand(location)
+        files = parquet_files(location)
         self.root = location if location.is_dir() else location.parent
         self.files = ParquetFiles(files)
         columns = self.files.schema.names
@@ -169,7 +169,8 @@ def _image_bytes(cell: Any, folder: Path) -> bytes:
     return cell
 
 
-def _expand(location: Path) -> list[Path]:
+def parquet_files(location: Path) -> list[Path]:
+    """What a file, a folder or a glob names, sorted; UserError where that is nothing."""
     if location.is_dir():
         files = sorted(location.rglob("*.parquet"))
     elif location.is_file():

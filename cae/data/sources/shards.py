@@ -31,7 +31,7 @@ class WebDataset(Table):
     """
 
     def __init__(self, pattern: str, root: Path) -> None:
-        self.files = _expand(pattern, root)
+        self.files = shard_files(pattern, root)
         self.root = root
         self.keys: list[str] = []
         self._unusable: dict[int, Unusable] = {}
@@ -149,7 +149,8 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _expand(pattern: str, root: Path) -> list[Path]:
+def shard_files(pattern: str, root: Path) -> list[Path]:
+    """What braces and globs name, below `root` where they are relative; UserError where that is nothing."""
     from webdataset.shardlists import expand_urls
 
     files: list[Path] = []
