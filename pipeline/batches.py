@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
 from cae.data.shards import ImageShards, Split
+from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
 from pipeline.workspace import Workspace
@@ -52,6 +53,13 @@ def first_images(workspace: Workspace, split: Split, count: int) -> Tensor:
     transform = Evaluation(workspace.preprocessing())
     arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
     return torch.from_numpy(np.stack(arrays))
+
+
+def draw_masks(sampler: MaskSampler, seed: int, positions: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Indices of the visible [b, v] and the masked patches [b, m]; each mask depends on (seed, position) alone."""
+    drawn = [sampler(np.random.default_rng([seed, position])) for position in positions]
+    visible, masked = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+    return visible, masked
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Modules are imported inside the commands, for torch takes seconds that `--help` 
 
 import logging
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -389,25 +388,4 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
-    stdout = failures.second_stdout()
-    try:
-        try:
-            app()
-        finally:
-            # Here, and not when the interpreter ends, where a full disk or a closed pipe is a message without remedy.
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except (Exception, SystemExit) as error:
-        # Typer and rich turn a broken pipe into an exit, whichever pipe it was.
-        cause = error.__context__ if isinstance(error.__context__, BrokenPipeError) else error
-        if failures.reader_is_gone(cause, stdout):
-            _drop_output()
-            sys.exit(128 + failures.SIGPIPE)
-        if isinstance(cause, SystemExit):
-            raise
-        sys.exit(failures.report(cause))
-
-
-def _drop_output() -> None:
-    """Nothing more can be written; the interpreter's own flush at the end must not complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    failures.run(app)

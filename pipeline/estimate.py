@@ -14,15 +14,14 @@ from cae.config import OptimizationConfig, Params
 from cae.data.sources import Reject, Source
 from cae.data.transforms import CropFlip, to_array
 from cae.heads import Classifier
-from cae.masking import MaskSampler
 from cae.model import ContextAutoencoder, Encoder
 from cae.normalization import Normalization
 from cae.train.device import Hardware
 from cae.train.optimizer import adamw
-from pipeline.batches import unit_range
+from pipeline.batches import draw_masks, unit_range
 from pipeline.inspection import Findings, sample_positions
 from pipeline.prepare import Preparation
-from pipeline.pretrain import Objective
+from pipeline.pretrain import Objective, mask_sampler
 from pipeline.tokenizer import build, temperature
 
 TIMED_STEPS = 3
@@ -61,10 +60,7 @@ def time_steps(params: Params, channels: int, num_classes: int) -> Steps:
     classifier = Classifier(Encoder(architecture, params.finetune.drop_path), max(2, num_classes)).to(hardware.device)
 
     def batch(size: int) -> dict[str, Tensor]:
-        mask = params.pretrain.mask
-        sampler = MaskSampler(model.grid, params.num_masked, mask.kind, mask.min_block)
-        drawn = [sampler(np.random.default_rng(i)) for i in range(size)]
-        visible, masked = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+        visible, masked = draw_masks(mask_sampler(params), 0, range(size))
         images = torch.randint(0, 256, (size, channels, *model.size_px), dtype=torch.uint8)
         parts = {"images": images, "visible": visible, "masked": masked}
         return {name: part.to(hardware.device) for name, part in parts.items()}

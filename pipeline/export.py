@@ -100,7 +100,15 @@ def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> l
     batch = {"images": {0: "batch"}}
     index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
     return [
-        Graph("encoder.onnx", EncoderGraph(loaded), (images,), batch, ENCODER_OUTPUTS, (pair,), False),
+        Graph(
+            "encoder.onnx",
+            EncoderGraph(loaded.model.encoder, loaded.normalization),
+            (images,),
+            batch,
+            ENCODER_OUTPUTS,
+            (pair,),
+            False,
+        ),
         Graph(
             "reconstructor.onnx",
             ReconstructorGraph(loaded, target),

@@ -9,6 +9,7 @@ import select
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from cae.errors import Diverged, Interrupted, NotReady, UserError
@@ -27,6 +28,28 @@ MEMORY_TEXTS = (
     "killed by signal: Killed",
 )
 SHARED_MEMORY_TEXTS = ("killed by signal: Bus error", "out of shared memory", "unable to allocate shared memory")
+
+
+def run(command: Callable[[], None]) -> None:
+    """Call `command`; where it fails, say so and end with the code of that kind of failure."""
+    stdout = _second_stdout()
+    try:
+        try:
+            command()
+        finally:
+            # Here, and not when the interpreter ends, where a full disk or a closed pipe is a message without remedy.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (Exception, SystemExit) as error:
+        # Typer and rich turn a broken pipe into an exit, whichever pipe it was.
+        cause = error.__context__ if isinstance(error.__context__, BrokenPipeError) else error
+        if _reader_is_gone(cause, stdout):
+            # Nothing more can be written; the interpreter's own flush at the end must not complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(128 + SIGPIPE)
+        if isinstance(cause, SystemExit):
+            raise
+        sys.exit(report(cause))
 
 
 def report(error: BaseException) -> int:
@@ -94,7 +117,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def second_stdout() -> int:
+def _second_stdout() -> int:
     """Another handle of standard output, for rich turns the first one away when the pipe breaks; -1 if it is closed."""
     try:
         return os.dup(1)
@@ -102,7 +125,7 @@ def second_stdout() -> int:
         return -1
 
 
-def reader_is_gone(error: BaseException | None, stdout: int) -> bool:
+def _reader_is_gone(error: BaseException | None, stdout: int) -> bool:
     """Whether a command ended because nobody reads its output any more (`cae-pipe results | head -1`).
 
     The pipe to a loader process that died breaks just so, and that is an error to be told.

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from cae.normalization import Normalize
+from cae.model import Encoder
+from cae.normalization import Normalization, Normalize
 from cae.targets import reconstruct
 from cae.targets.files import AnyTarget
 from cae.weights import LoadedCae
@@ -12,10 +13,10 @@ from pipeline.batches import unit_range
 class EncoderGraph(nn.Module):
     """uint8 images to the four outputs of encoder.onnx, normalisation inside."""
 
-    def __init__(self, loaded: LoadedCae) -> None:
+    def __init__(self, encoder: Encoder, normalization: Normalization) -> None:
         super().__init__()
-        self.encoder = loaded.model.encoder
-        self.normalize = Normalize(loaded.normalization)
+        self.encoder = encoder
+        self.normalize = Normalize(normalization)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens, attention = self.encoder.forward_with_attention(self.normalize(unit_range(images)))

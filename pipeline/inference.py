@@ -68,12 +68,7 @@ def reconstruct(
 ) -> None:
     """Write the picture of a reconstruction, the same as `POST /reconstruct` answers."""
     check_out(out, PICTURE_SUFFIXES)
-    try:
-        pixels = prepare(decode(image.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), bundle.info.preprocessing)
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read ({error.strerror})") from None
-    except ImageError as error:
-        raise UserError(f"{image}: {error}") from None
+    pixels = read_image(bundle, image)
     model = bundle.info.model
     masked = None
     try:
@@ -87,6 +82,20 @@ def reconstruct(
         raise UserError(str(error)) from None
     draw(view, pixels, result, masked, model.patch_size).save(out)
     logger.info("%s written", out)
+
+
+def read_image(bundle: Bundle, path: Path) -> np.ndarray:
+    """Pixels uint8 [c, h, w] of an image file as the bundle's model sees them; UserError where it cannot be read."""
+    try:
+        return _pixels(bundle, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ImageError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _pixels(bundle: Bundle, path: Path) -> np.ndarray:
+    return prepare(decode(path.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), bundle.info.preprocessing)
 
 
 def check_out(out: Path, suffixes: tuple[str, ...], option: str = "--out") -> None:
@@ -115,8 +124,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def _read(bundle: Bundle, files: Sequence[Path], left_out: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
     for path in files:
         try:
-            image = decode(path.read_bytes(), max_pixels=PILLOW_MAX_PIXELS)
-            yield path, prepare(image, bundle.info.preprocessing)
+            yield path, _pixels(bundle, path)
         except (ImageError, OSError) as error:
             logger.warning("%s is left out: %s", path, error)
             left_out.append(path)

@@ -16,7 +16,7 @@ from cae.storage import load_into, read_weights
 from cae.targets import hide, patchify
 from cae.targets.files import load_target
 from cae.weights import load_cae, random_encoder
-from pipeline.batches import Evaluation, unit_range
+from pipeline.batches import Evaluation, draw_masks, unit_range
 from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorGraph
 from pipeline.workspace import Workspace
 
@@ -69,10 +69,10 @@ class Studio:
         self.loaded = load_cae(workspace.pretrained)
         self.target = load_target(workspace.target)
         self.grid, self.patch_size = self.loaded.architecture.grid, self.loaded.architecture.patch_size
-        self.encoder = EncoderGraph(self.loaded).eval()
-        random = self.loaded.model.__class__(self.loaded.architecture)
-        random.encoder = random_encoder(self.loaded, workspace.params.seed)
-        self.random = EncoderGraph(self.loaded._replace(model=random)).eval()
+        self.encoder, self.random = (
+            EncoderGraph(encoder, self.loaded.normalization).eval()
+            for encoder in (self.loaded.model.encoder, random_encoder(self.loaded, workspace.params.seed))
+        )
 
     def sample(self, split: Split, count: int) -> Sample:
         """`count` images of a split, the classes in turn, so that each is seen."""
@@ -110,8 +110,7 @@ class Studio:
         for name, config in kinds:
             num_masked = min(max(round(config.ratio * num_patches), 1), num_patches - 1)
             sampler = MaskSampler(self.grid, num_masked, config.kind, config.min_block)
-            drawn = [sampler(np.random.default_rng([self.workspace.params.seed, i])) for i in range(len(images))]
-            visible, masked = (torch.from_numpy(np.stack([pair[part] for pair in drawn])) for part in (0, 1))
+            visible, masked = draw_masks(sampler, self.workspace.params.seed, range(len(images)))
             reconstruction, _ = graph(images, visible, masked)
             unit = unit_range(images)
             middle = torch.full((unit.shape[1],), 0.5)
@@ -165,11 +164,11 @@ class Studio:
         chosen = rng.permutation(candidates)[:TSNE_PATCHES]
         num_patches = pixels.shape[1]
         labels = [sample.labels[patch // num_patches] for patch in chosen]
+        # Below four points there is no neighbourhood to keep.
+        perplexity = min(30, max(1, (len(chosen) - 1) // 3))
         points = []
         for graph in (self.encoder, self.random):
             patches = torch.cat([graph(chunk)[0] for chunk in sample.images.split(CHUNK)]).flatten(0, 1)
-            # Below four points there is no neighbourhood to keep.
-            perplexity = min(30, max(1, (len(chosen) - 1) // 3))
             tsne = TSNE(perplexity=perplexity, random_state=self.workspace.params.seed, init="pca")
             points.append(tsne.fit_transform(patches[torch.from_numpy(chosen)].numpy()))
         return Embedding(points[0], points[1], labels)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cae.config import Params
 from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
@@ -18,7 +18,7 @@ from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
 from cae.weights import save_cae
-from pipeline.batches import evaluation_batches, train_batches, unit_range
+from pipeline.batches import draw_masks, evaluation_batches, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.workspace import Workspace
@@ -78,7 +78,7 @@ def run(workspace: Workspace) -> None:
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
-    masks = mask_sampler(workspace)
+    masks = mask_sampler(params)
     optimizer = adamw(model, config)
     total_steps = config.epochs * per_epoch
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
@@ -123,9 +123,8 @@ def collapse_alarm(from_step: int) -> Alarm:
     )
 
 
-def mask_sampler(workspace: Workspace) -> MaskSampler:
+def mask_sampler(params: Params) -> MaskSampler:
     """The masks of `pretrain.mask`."""
-    params = workspace.params
     mask = params.pretrain.mask
     return MaskSampler(params.model.grid, params.num_masked, mask.kind, mask.min_block)
 
@@ -137,9 +136,8 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
     num_images = 0
     for batch in evaluation_batches(workspace, "val", workspace.params.pretrain.batch_size, hardware):
         size = len(batch["images"])
-        drawn = [masks(np.random.default_rng([workspace.params.seed, num_images + i])) for i in range(size)]
-        for part, name in enumerate(("visible", "masked")):
-            batch[name] = torch.from_numpy(np.stack([pair[part] for pair in drawn]))
+        positions = range(num_images, num_images + size)
+        batch["visible"], batch["masked"] = draw_masks(masks, workspace.params.seed, positions)
         batch = {key: value.to(hardware.device) for key, value in batch.items()}
         output, codes = objective.forward(batch)
         values: dict[str, Any] = {

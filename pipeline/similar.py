@@ -25,9 +25,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from cae.errors import NotReady, UserError
 from pipeline.contact_sheet import Cell, draw_sheet
-from pipeline.inference import PICTURE_SUFFIXES, check_out, open_bundle
+from pipeline.inference import PICTURE_SUFFIXES, check_out, open_bundle, read_image
 from serving.bundle import Device, Output
-from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +221,7 @@ def _embed_query(features: Features, image: Path, folder: Path, device: Device) 
             f"features of two models cannot be compared. Write them again with `cae-pipe embed IMAGES --out "
             f"{features.file} --bundle {folder}`, or name the bundle that made them with --bundle"
         )
-    try:
-        pixels = prepare(decode(image.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), bundle.info.preprocessing)
-    except (OSError, ImageError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{image}: cannot be read ({reason}); expected an image file") from None
+    pixels = read_image(bundle, image)
     name: Output = "pooled" if features.name == "pooled" else "class_token"
     query = bundle.embed(pixels[None], [name])[name]
     if query.shape[1] != features.values.shape[1]:

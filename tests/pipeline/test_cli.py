@@ -97,7 +97,9 @@ def test_completion_of_commands_and_probes(words: str, expected: list[str], tmp_
 
 
 def test_completion_leaves_files_to_the_shell(tmp_path: Path) -> None:
-    script = cae_pipe("--show-completion", "bash", cwd=tmp_path).stdout
+    # Typer would look for the shell among the parents, and where a daemon runs the tests there is none.
+    variables = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = cae_pipe("--show-completion", "bash", cwd=tmp_path, **variables).stdout
     assert "complete -o default -F" in script
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -76,7 +77,7 @@ class Source(Protocol):
         ...
 
 
-class Table:
+class Table(ABC):
     """Labels and splits of many rows in a few bytes each; a kind of source adds `key` and `read` of a row.
 
     `labels` are numbers or texts, None or "" for none; `class_names` turns numbers into names. `split_names` are taken
@@ -115,11 +116,13 @@ class Table:
     def read(self, position: int) -> bytes:
         return self.read_row(int(self._rows[position]))
 
+    @abstractmethod
     def key(self, row: int) -> str:
-        raise NotImplementedError
+        """The name of a row's image."""
 
+    @abstractmethod
     def read_row(self, row: int) -> bytes:
-        raise NotImplementedError
+        """As `Source.read`, by the row of the table."""
 
 
 def used_splits(names: Collection[str], where: str) -> dict[str, Split]:
