@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath
+from timm.layers import DropPath, RelPosBias
 from torch import Tensor, nn
 
 # Epsilon of every LayerNorm in the official models.
@@ -23,17 +23,21 @@ def init_weights(module: nn.Module) -> None:
 class Attention(nn.Module):
     """Multi-head attention, self or cross. Queries and values have a bias, keys have none.
 
-    One weight holds the three projections, so that self-attention is a single matrix product.
+    One weight holds the three projections, so that self-attention is a single matrix product. With `window`, the grid
+    of patches, self-attention over the class token and all patches adds a learned bias by relative position.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, window: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-
+        self.relative_position = RelPosBias(window, num_heads, prefix_tokens=1) if window else None
+        if self.relative_position:
+            # So that adding it to a trained encoder changes nothing at first.
+            nn.init.zeros_(self.relative_position.relative_position_bias_table)
         self.apply(init_weights)
 
     def init_separately(self) -> None:
@@ -43,7 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Self-attention."""
-        return self._attend(*self._self_projections(x))
+        bias = self.relative_position.get_bias() if self.relative_position else None
+        return self._attend(*self._self_projections(x), bias)
 
     def cross(
         self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
@@ -59,7 +64,8 @@ class Attention(nn.Module):
     def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
         """Attention weights of the first token (the class token) over all tokens, per head."""
         query, key, _ = self._self_projections(x)
-        return _weights(query[:, :, :1], key).squeeze(2)
+        bias = self.relative_position.get_bias()[:, :, :1] if self.relative_position else None
+        return _weights(query[:, :, :1], key, bias).squeeze(2)
 
     def _query_and_key(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         q_weight, k_weight, _ = self.qkv.weight.chunk(3)
@@ -73,17 +79,20 @@ class Attention(nn.Module):
     def _heads(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n e"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b n d"]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Float[Tensor, "b n d"]:
         if query.device.type == "cpu" and query.dtype == torch.bfloat16:
             # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward.
-            mixed = _weights(query, key) @ value
+            mixed = _weights(query, key, bias) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+            mixed = F.scaled_dot_product_attention(query, key, value, bias)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _weights(query: Float[Tensor, "b h m e"], key: Float[Tensor, "b h n e"]) -> Float[Tensor, "b h m n"]:
-    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
+def _weights(
+    query: Float[Tensor, "b h m e"], key: Float[Tensor, "b h n e"], bias: Float[Tensor, "1 h m n"] | None = None
+) -> Float[Tensor, "b h m n"]:
+    products = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return (products if bias is None else products + bias).softmax(dim=-1)
 
 
 class LayerScale(nn.Module):
@@ -112,10 +121,17 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale; used by encoder and decoder. Parameter names follow timm."""
 
-    def __init__(self, width: int, num_heads: int, layer_scale: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        layer_scale: float,
+        drop_path: float,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, window)
         self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width)

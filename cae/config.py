@@ -111,8 +111,20 @@ def check_heads(width: int, num_heads: int, heads_key: str, width_key: str) -> N
         )
 
 
-class Architecture(Section):
-    """Every size that fixes the shapes of a ContextAutoencoder; stored with its weights."""
+class TimmSource(Section):
+    """The call of `timm.create_model` that builds an encoder of timm's."""
+
+    name: str
+    args: dict[str, Any]
+
+
+class EncoderArchitecture(Section):
+    """Every size that fixes the shapes of an encoder; stored with its weights.
+
+    `final_norm` says where the last LayerNorm stands: on every token, or, after fine-tuning, on the mean of the patches
+    alone. `relative_position_bias` is what the official code adds in fine-tuning. With `timm` the encoder is timm's,
+    and the sizes only describe it.
+    """
 
     channels: Count
     grid: tuple[Count, Count]
@@ -120,12 +132,29 @@ class Architecture(Section):
     depth: Count
     width: Count
     num_heads: Count
+    layer_scale: Positive
+    final_norm: Literal["tokens", "pooled"] = "tokens"
+    relative_position_bias: bool = False
+    timm: TimmSource | None = None
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Architecture(EncoderArchitecture):
+    """Every size that fixes the shapes of a ContextAutoencoder."""
+
     predictor_width: Count
     predictor_num_heads: Count
     regressor_depth: Count
     decoder_depth: Count
     num_outputs: Count
-    layer_scale: Positive
     predictor_layer_scale: Positive
 
 
@@ -193,6 +222,7 @@ class MaskConfig(Section):
 
 
 class PretrainConfig(OptimizationConfig, CropConfig):
+    start_from: str | None
     clip_grad: Positive
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     mask: MaskConfig
@@ -211,6 +241,7 @@ class PretrainConfig(OptimizationConfig, CropConfig):
 class FinetuneConfig(OptimizationConfig, CropConfig):
     layer_decay: PositiveFraction
     drop_path: Annotated[float, Field(ge=0, lt=1)]
+    relative_position_bias: bool
     rand_augment: Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)[0-9.]+)*$")] | None
     mixup: NonNegative
     cutmix: NonNegative

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cae.blocks import NORM_EPS, Attention
-from cae.model import Encoder
+from cae.model import AnyEncoder
 
 # The official fine-tuning starts its classifier near zero.
 FINETUNE_HEAD_SCALE = 0.001
@@ -53,17 +53,14 @@ class AttentiveHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, mean of the patch representations, a fresh LayerNorm, a linear layer: what fine-tuning trains.
+    """Encoder, mean of the patch representations, LayerNorm, a linear layer: what fine-tuning trains.
 
-    The encoder's own final LayerNorm is left out, as in the official code, where the fresh one takes its place.
+    The encoder is one of `cae.weights.for_finetuning`: its last LayerNorm stands on the mean, as in the official code.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+    def __init__(self, encoder: AnyEncoder, width: int, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        width = encoder.cls_token.shape[-1]
-        encoder.norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -71,11 +68,15 @@ class Classifier(nn.Module):
             self.head.weight *= FINETUNE_HEAD_SCALE
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        return self.head(self.fc_norm(self.encoder(images)[:, 1:].mean(dim=1)))
+        return self.head(self.encoder.pool(self.encoder(images)[:, self.encoder.num_prefix :]))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """Layers for layer decay, as timm asks for them: the embedding, each block, and the rest, which is the head."""
-        return {"stem": r"^encoder\.(?:cls_token|patch_embed)", "blocks": r"^encoder\.blocks\.(\d+)"}
+        return {
+            # All of the encoder before its blocks; positions and registers, where timm's has them, too.
+            "stem": r"^encoder\.(?:model\.)?(?!model\.|blocks\.|norm\.|fc_norm\.)",
+            "blocks": r"^encoder\.(?:model\.)?blocks\.(\d+)",
+        }
 
 
 def knn_predict(

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cae.blocks import NORM_EPS, Block, RegressorBlock, init_weights
-from cae.config import Architecture
+from cae.config import Architecture, EncoderArchitecture
 from cae.positions import sincos_positions
+from cae.timm_encoder import TimmEncoder
 
 
 def gather_patches(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
@@ -38,18 +39,23 @@ class Encoder(nn.Module):
     Positions are a fixed table for the grid of `image_size`, kept out of the state dict.
     """
 
+    num_prefix = 1  # tokens before the patches: the class token
+    has_attention = True
     positions: Tensor
 
-    def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
+    def __init__(self, architecture: EncoderArchitecture, drop_path: float = 0.0) -> None:
         super().__init__()
         width = architecture.width
+        window = architecture.grid if architecture.relative_position_bias else None
         self.patch_embed = PatchEmbed(architecture.channels, width, architecture.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
-            Block(width, architecture.num_heads, architecture.layer_scale, rate)
+            Block(width, architecture.num_heads, architecture.layer_scale, rate, window)
             for rate in drop_path_rates(drop_path, architecture.depth)
         )
-        self.norm: nn.Module = nn.LayerNorm(width, eps=NORM_EPS)
+        on_tokens = architecture.final_norm == "tokens"
+        self.norm: nn.Module = nn.LayerNorm(width, eps=NORM_EPS) if on_tokens else nn.Identity()
+        self.fc_norm: nn.Module = nn.Identity() if on_tokens else nn.LayerNorm(width, eps=NORM_EPS)
         self.register_buffer("positions", sincos_positions(architecture.grid, width), persistent=False)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -76,12 +82,24 @@ class Encoder(nn.Module):
         attention = last.attn.first_row(last.norm1(x))[:, :, 1:]
         return self.norm(last(x)), attention
 
+    def pool(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        """One vector an image: the mean of its patches, after the last LayerNorm."""
+        return self.fc_norm(patches.mean(dim=1))
+
     def _blocks(self, embedded: Tensor, count: int, use_drop_path: bool) -> Tensor:
         # Row 0 of the table is zero, so the class token needs no position.
         x = torch.cat([self.cls_token.expand(embedded.shape[0], -1, -1).to(embedded.dtype), embedded], dim=1)
         for block in self.blocks[:count]:
             x = block(x, use_drop_path)
         return x
+
+
+AnyEncoder = Encoder | TimmEncoder
+
+
+def build_encoder(architecture: EncoderArchitecture, drop_path: float = 0.0) -> AnyEncoder:
+    """An encoder with random weights."""
+    return (TimmEncoder if architecture.timm else Encoder)(architecture, drop_path)
 
 
 class Regressor(nn.Module):
@@ -154,7 +172,7 @@ class ContextAutoencoder(nn.Module):
         super().__init__()
         self.alignment_drop_path = alignment_drop_path
         width, predictor_width = architecture.width, architecture.predictor_width
-        self.encoder = Encoder(architecture, drop_path)
+        self.encoder = build_encoder(architecture, drop_path)
         # Maps Z_v and Z̄_m when the predictor has another width (ViT-L as released: 1024 to 768).
         self.projection: nn.Module = (
             nn.Identity()
@@ -175,15 +193,16 @@ class ContextAutoencoder(nn.Module):
         # some versions of torch lose the gradient of copies that were first made under no_grad.
         z_m = self.regress(embedded, visible, masked)
         with torch.no_grad():
-            target = self.encoder.encode(gather_patches(embedded, masked), self.alignment_drop_path)[:, 1:]
-            z_m_target = self.projection(target)
+            target = self.encoder.encode(gather_patches(embedded, masked), self.alignment_drop_path)
+            z_m_target = self.projection(target[:, self.encoder.num_prefix :])
         return CaeOutput(self.decode(z_m, masked), z_m, z_m_target)
 
     def regress(
         self, embedded: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], masked: Int[Tensor, "b m"]
     ) -> Float[Tensor, "b m p"]:
         """Z_m from the visible patches alone; the class token stops at the encoder."""
-        z_v = self.projection(self.encoder.encode(gather_patches(embedded, visible))[:, 1:])
+        visible_tokens = self.encoder.encode(gather_patches(embedded, visible))
+        z_v = self.projection(visible_tokens[:, self.encoder.num_prefix :])
         return self.regressor(z_v, self.patch_positions(masked), self.patch_positions(visible))
 
     def decode(self, z_m: Float[Tensor, "b m p"], masked: Int[Tensor, "b m"]) -> Float[Tensor, "b m k"]:
@@ -197,7 +216,7 @@ class ContextAutoencoder(nn.Module):
 
     def predict_without_regressor(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n k"]:
         """Every patch from its own representation: encoder straight into decoder (Figure 3)."""
-        z = self.projection(self.encoder(images)[:, 1:])
+        z = self.projection(self.encoder(images)[:, self.encoder.num_prefix :])
         return self.decoder(z, self.positions[1:].expand(z.shape[0], -1, -1))
 
     def patch_positions(self, index: Int[Tensor, "b m"]) -> Float[Tensor, "b m p"]:

@@ -31,18 +31,21 @@ def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> Non
     sync_folder(path.parent)
 
 
-def read_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and metadata of a file that `save_weights` wrote; UserError when it is no such file of this kind."""
+def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and metadata of a file that `save_weights` wrote; UserError when it is no such file of these kinds."""
+    expected = " or ".join(kinds)
     if not path.is_file():
-        raise NotReady(f"{path}: no such file; expected {kind} weights, which `dvc repro` makes")
+        raise NotReady(f"{path}: no such file; expected {expected} weights, which `dvc repro` makes")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, only keys())
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); expected {kind} weights") from None
-    if metadata.get("kind") != kind:
-        raise UserError(f"{path}: holds {metadata.get('kind', 'foreign')!r} weights; expected {kind!r}")
+        raise UserError(f"{path}: not a safetensors file ({error}); expected {expected} weights") from None
+    if metadata.get("kind") not in kinds:
+        found = metadata.get("kind", "foreign")
+        hint = "; `cae-pipe import` reads those of other software" if found == "foreign" else ""
+        raise UserError(f"{path}: holds {found} weights; expected {expected}{hint}")
     return state, metadata
 
 

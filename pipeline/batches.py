@@ -41,16 +41,18 @@ def train_batches(
     return from_step
 
 
-def evaluation_batches(workspace: Workspace, split: Split, batch_size: int, hardware: Hardware) -> Iterable[Batch]:
+def evaluation_batches(
+    workspace: Workspace, split: Split, preprocessing: Preprocessing, batch_size: int, hardware: Hardware
+) -> Iterable[Batch]:
     """Every image of the split once, in order, with evaluation preprocessing."""
-    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(workspace.preprocessing()))
+    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(preprocessing))
     return eval_loader(dataset, batch_size, workspace.params.runtime.num_workers, hardware.device)
 
 
-def first_images(workspace: Workspace, split: Split, count: int) -> Tensor:
+def first_images(workspace: Workspace, split: Split, preprocessing: Preprocessing, count: int) -> Tensor:
     """The first images of a split after evaluation preprocessing, uint8 [b, c, h, w]."""
     shards = ImageShards(workspace.prepared, split)
-    transform = Evaluation(workspace.preprocessing())
+    transform = Evaluation(preprocessing)
     arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
     return torch.from_numpy(np.stack(arrays))
 

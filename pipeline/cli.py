@@ -7,26 +7,22 @@ import logging
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cae.errors import UserError
 from pipeline import failures
 from pipeline.exit_codes import ExitCode, epilog
+from pipeline.import_commands import imports
 from pipeline.profile_commands import profile
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipeline.workspace import Workspace
+from pipeline.stage_commands import stages
 
 # Read when torch is first imported. Threads of OpenMP that spin for long while they wait starve a shared processor.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Panels of `--help`.
 START = "Start with your images"
-STAGES = "Pipeline stages (dvc repro runs them)"
 USE = "Use the model"
 LOOK = "Look and check"
 
@@ -34,12 +30,6 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=e
 
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that `export` wrote.")]
 BUNDLE = Path("models/bundle")
-
-
-class ProbeName(StrEnum):
-    LINEAR = "linear"
-    ATTENTIVE = "attentive"
-    KNN = "knn"
 
 
 class ViewName(StrEnum):
@@ -110,86 +100,6 @@ def init(
     from pipeline import init as start
 
     start.run(images, out, force)
-
-
-@app.command(rich_help_panel=STAGES)
-def prepare() -> None:
-    """Stage 1: images of `prepare.source` to shards."""
-    from pipeline import prepare as stage
-
-    _run("prepare", stage.run)
-
-
-@app.command(rich_help_panel=STAGES)
-def tokenizer() -> None:
-    """Stage 2: train the image tokenizer."""
-    from pipeline import tokenizer as stage
-
-    _run("tokenizer", stage.run)
-
-
-@app.command(rich_help_panel=STAGES)
-def pretrain() -> None:
-    """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
-    from pipeline import pretrain as stage
-
-    _run("pretrain", stage.run)
-
-
-@app.command(rich_help_panel=STAGES)
-def finetune() -> None:
-    """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
-    from pipeline import finetune as stage
-
-    _run("finetune", stage.run)
-
-
-@app.command(rich_help_panel=STAGES)
-def probe(
-    name: Annotated[
-        ProbeName, typer.Argument(help="Which probe: a linear layer, one attention layer, or nearest neighbours.")
-    ],
-) -> None:
-    """Stage 5: measure the frozen encoder, pretrained and random."""
-    from pipeline import probe as stage
-
-    _run(f"probe_{name.value}", lambda workspace: stage.run(workspace, name.value))
-
-
-@app.command(rich_help_panel=STAGES)
-def export(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Pretrained weights, a file or its folder. [default: those of the pipeline]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the bundle. [default: models/bundle]")] = None,
-) -> None:
-    """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch.
-
-    With --checkpoint or --out it exports other weights, outside the pipeline, and writes no metrics.
-
-    \b
-    Examples:
-      cae-pipe export
-      cae-pipe export --checkpoint old/cae.safetensors --out /srv/bundle
-    """
-    from pipeline import export as stage
-    from pipeline.workspace import Workspace
-
-    if checkpoint is None and out is None:
-        _run("export", stage.run)
-        return
-    workspace = Workspace.here()
-    source = checkpoint or workspace.pretrained
-    file = source / workspace.pretrained.name if source.is_dir() else source
-    stage.export(workspace, file, out or workspace.bundle, metrics={})
-
-
-@app.command(rich_help_panel=STAGES)
-def report() -> None:
-    """Stage 7: one page about the last run, report/index.html."""
-    from pipeline import report as stage
-
-    _run("report", stage.run)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -370,17 +280,9 @@ def doctor(
         raise typer.Exit(ExitCode.DOCTOR)
 
 
+app.add_typer(stages)
 app.add_typer(profile, name="profile", rich_help_panel=START)
-
-
-def _run(stage: str, run: "Callable[[Workspace], None]") -> None:
-    """A stage in the current folder, alone."""
-    from pipeline.runs import stage_lock
-    from pipeline.workspace import Workspace
-
-    workspace = Workspace.here()
-    with stage_lock(workspace, stage):
-        run(workspace)
+app.add_typer(imports, name="import", rich_help_panel=START)
 
 
 def main() -> None:

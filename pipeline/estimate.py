@@ -57,7 +57,9 @@ def time_steps(params: Params, channels: int, num_classes: int) -> Steps:
     cae = ContextAutoencoder(architecture, params.pretrain.drop_path)
     objective = Objective(cae, dvae, normalization, params.pretrain.alignment_weight, 1)
     objective.to(hardware.device)
-    classifier = Classifier(Encoder(architecture, params.finetune.drop_path), max(2, num_classes)).to(hardware.device)
+    pooled = architecture.model_copy(update={"final_norm": "pooled"})
+    encoder = Encoder(pooled, params.finetune.drop_path)
+    classifier = Classifier(encoder, architecture.width, max(2, num_classes)).to(hardware.device)
 
     def batch(size: int) -> dict[str, Tensor]:
         visible, masked = draw_masks(mask_sampler(params), 0, range(size))

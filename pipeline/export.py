@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from cae.config import ExportConfig
-from cae.data.shards import file_sha256
+from cae.data.shards import INDEX_NAME, file_sha256
 from cae.errors import UserError
-from cae.targets.files import AnyTarget, load_target
+from cae.targets.files import AnyTarget
 from cae.train.device import set_reproducible
-from cae.weights import LoadedCae, load_cae
+from cae.weights import Trained, load_trained
 from pipeline.batches import first_images
+from pipeline.checkpoints import find_target, preprocessing_of
 from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorGraph
 from pipeline.model_card import model_card
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 from serving.masks import random_mask
 
 logger = logging.getLogger(__name__)
 
-ENCODER_OUTPUTS = ("patches", "class_token", "pooled", "class_attention")
 # An extra output of the graphs under test; the published files do not have it.
 LOGITS = "prediction"
 
@@ -66,52 +66,66 @@ def run(workspace: Workspace) -> None:
     workspace.write_metrics("export", parity._asdict(), {"wall_s": time.perf_counter() - started})
 
 
-def export(workspace: Workspace, checkpoint: Path, out: Path, metrics: dict[str, Any]) -> Parity:
-    """Write a bundle from `checkpoint`; raise UserError, and publish nothing, where parity is not reached."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "bundle.json").exists())):
-        raise UserError(f"{out}: exists and is no bundle, and would be replaced; give a new or an empty folder")
+def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, Any]) -> Parity:
+    """Write a bundle from trained weights, a file or a folder; raise UserError, and publish nothing, without parity.
+
+    Parity is checked on prepared validation images, or on noise where none of the right kind are at hand.
+    """
+    check_free(out, "bundle.json")
     set_reproducible(workspace.params.seed)
     config = workspace.params.export
-    loaded = load_cae(checkpoint)
-    target = load_target(workspace.target)
-    images = first_images(workspace, "val", config.num_parity_images)
-    with workspace.publish(out) as folder:
-        parities = [_write(graph, folder, config) for graph in graphs(loaded, target, images, workspace.params.seed)]
+    trained = load_trained(weights)
+    target = find_target(workspace, weights, trained)
+    images = parity_images(workspace, trained)
+    with published(out) as folder:
+        parities = [_write(graph, folder, config) for graph in graphs(trained, target, images, workspace.params.seed)]
         parity = Parity(max(p.max_abs_diff for p in parities), min(p.token_agreement for p in parities))
         check_parity(parity, config)
-        bundle = describe(workspace, loaded, target, folder, metrics, parity)
+        bundle = describe(workspace, trained, target, folder, metrics, parity)
         (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
         (folder / "MODEL_CARD.md").write_text(model_card(bundle))
     return parity
 
 
-def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> list[Graph]:
-    """The three graphs of a bundle, with real images and masks as inputs."""
-    rows, columns = loaded.architecture.grid
-    ratio = loaded.metadata["origin"]["params"]["pretrain"]["mask"]["ratio"]
-    masks = [random_mask(rows * columns, ratio, seed + i) for i in range(len(images))]
-    visible, masked = (torch.from_numpy(np.stack([mask[part] for mask in masks])) for part in (0, 1))
+def check_free(out: Path, mark: str) -> None:
+    """Raise UserError where `out` holds something else than earlier results, which a file `mark` tells."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any(out.glob(mark)))):
+        raise UserError(f"{out}: exists, holds no {mark}, and would be replaced; give a new or an empty folder")
+
+
+def parity_images(workspace: Workspace, trained: Trained) -> Tensor:
+    """Images to compare torch and ONNX Runtime on, uint8 [b, c, h, w]: prepared ones, else noise from the seed."""
+    count = workspace.params.export.num_parity_images
+    if (workspace.prepared / INDEX_NAME).exists() and workspace.index.channels == trained.architecture.channels:
+        return first_images(workspace, "val", preprocessing_of(trained), count)
+    logger.info("no prepared images that fit the model; parity is checked on noise")
+    size = (count, trained.architecture.channels, *trained.architecture.size_px)
+    noise = np.random.default_rng(workspace.params.seed).integers(0, 256, size, dtype=np.uint8)
+    return torch.from_numpy(noise)
+
+
+def graphs(trained: Trained, target: AnyTarget | None, images: Tensor, seed: int) -> list[Graph]:
+    """The graphs of a bundle, with `images` and masks as inputs; the encoder's alone where there is no target."""
     # An axis that is 1 in the example would be fixed at 1 for good, so the trace has 2 of everything.
     pair = images[:1].repeat(2, 1, 1, 1)
+    batch = {"images": {0: "batch"}}
+    encoder = EncoderGraph(trained.encoder, trained.normalization)
+    embedding = Graph("encoder.onnx", encoder, (images,), batch, encoder.outputs, (pair,), False)
+    if trained.cae is None or target is None:
+        return [embedding]
+    num_patches = trained.architecture.num_patches
+    masks = [random_mask(num_patches, trained.origin["mask_ratio"], seed + i) for i in range(len(images))]
+    visible, masked = (torch.from_numpy(np.stack([mask[part] for mask in masks])) for part in (0, 1))
     example_visible, example_masked = (
-        torch.from_numpy(part)[None].repeat(2, 1) for part in random_mask(rows * columns, 0.5, seed)
+        torch.from_numpy(part)[None].repeat(2, 1) for part in random_mask(num_patches, 0.5, seed)
     )
     tokens = target.kind == "dvae"
-    batch = {"images": {0: "batch"}}
     index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
     return [
-        Graph(
-            "encoder.onnx",
-            EncoderGraph(loaded.model.encoder, loaded.normalization),
-            (images,),
-            batch,
-            ENCODER_OUTPUTS,
-            (pair,),
-            False,
-        ),
+        embedding,
         Graph(
             "reconstructor.onnx",
-            ReconstructorGraph(loaded, target),
+            ReconstructorGraph(trained.cae, trained.normalization, target),
             (images, visible, masked),
             batch | index,
             ("reconstruction", LOGITS),
@@ -120,7 +134,7 @@ def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> l
         ),
         Graph(
             "skip_reconstructor.onnx",
-            SkipReconstructorGraph(loaded, target),
+            SkipReconstructorGraph(trained.cae, trained.normalization, target),
             (images,),
             batch,
             ("reconstruction", LOGITS),
@@ -204,33 +218,34 @@ def check_parity(parity: Parity, config: ExportConfig) -> None:
 
 def describe(
     workspace: Workspace,
-    loaded: LoadedCae,
-    target: AnyTarget,
+    trained: Trained,
+    target: AnyTarget | None,
     folder: Path,
     metrics: dict[str, Any],
     parity: Parity,
 ) -> dict[str, Any]:
     """bundle.json: all that a server has to know about the files beside it."""
-    architecture, origin = loaded.architecture, loaded.metadata["origin"]
-    params = origin["params"]
+    architecture, origin = trained.architecture, trained.origin
     files = sorted(path for path in folder.iterdir() if path.suffix == ".onnx")
+    reconstructs = target is not None
     return {
         "format": 1,
         "model": {
-            "name": params["model"]["name"],
+            "name": origin["name"],
             "width": architecture.width,
             "num_heads": architecture.num_heads,
             "patch_size": architecture.patch_size,
             "grid": list(architecture.grid),
-            "target": target.kind,
+            "target": target.kind if target else None,
         },
-        "preprocessing": workspace.preprocessing().model_dump(),
-        "normalization": loaded.normalization._asdict(),
+        "preprocessing": preprocessing_of(trained).model_dump(),
+        "normalization": trained.normalization._asdict(),
         "opset": workspace.params.export.opset,
         "dtype": "float32",
         "files": {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in files},
-        "capabilities": {"embed": True, "reconstruct": True, "skip_reconstruct": True},
-        "default_mask_ratio": params["pretrain"]["mask"]["ratio"],
+        "capabilities": {"embed": True, "reconstruct": reconstructs, "skip_reconstruct": reconstructs},
+        "outputs": EncoderGraph(trained.encoder, trained.normalization).outputs,
+        "default_mask_ratio": origin.get("mask_ratio"),
         "origin": origin,
         "metrics": {**metrics, "export": parity._asdict()},
     }

@@ -12,19 +12,19 @@ from cae.config import FinetuneConfig
 from cae.data.loader import Batch, steps_per_epoch
 from cae.data.transforms import FinetuneTransform, seeded
 from cae.heads import Classifier
-from cae.model import Encoder
+from cae.model import AnyEncoder
 from cae.normalization import Normalize
-from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import RunFolder, Training
 from cae.train.optimizer import adamw, cosine_schedule
-from cae.weights import LoadedCae, load_cae, pretrained_encoder, random_encoder
+from cae.weights import Trained, describe, for_finetuning, save_trained
 from pipeline.batches import evaluation_batches, train_batches, unit_range
+from pipeline.checkpoints import load_for_data, preprocessing_of
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.scores import Scores, skip_without_labels
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 
 
 class LabelledStep:
@@ -58,28 +58,27 @@ def run(workspace: Workspace) -> None:
     if skip_without_labels(workspace, "finetune", workspace.finetuned):
         workspace.curves("finetune").mkdir(parents=True, exist_ok=True)
         return
-    loaded = load_cae(workspace.pretrained)
-    seed = workspace.params.seed
-    folder = run_folder(workspace, "finetune", workspace.params.finetune.checkpoint_every_steps)
+    trained = load_for_data(workspace)
+    params, index = workspace.params, workspace.index
+    config = params.finetune
+    folder = run_folder(workspace, "finetune", config.checkpoint_every_steps)
+    changes = config.drop_path, config.relative_position_bias
     with curves(folder, workspace.curves("finetune")) as sink:
-        drop_path = workspace.params.finetune.drop_path
-        model, scores, efficiency = train(workspace, pretrained_encoder(loaded, drop_path), loaded, folder, sink)
+        encoder, architecture = for_finetuning(trained, *changes, seed=None)
+        model, scores, efficiency = train(workspace, encoder, trained, folder, sink)
         beside = RunFolder(folder.path / "random_init", folder.checkpoint_every_steps, folder.stamp)
-        _, baseline, _ = train(workspace, random_encoder(loaded, seed, drop_path), loaded, beside, None)
-    with workspace.publish(workspace.finetuned) as published:
-        metadata = {
-            "kind": "classifier",
-            "architecture": loaded.metadata["architecture"],
-            "normalization": loaded.normalization._asdict(),
-            "classes": workspace.index.classes,
-        }
-        save_weights(published / "classifier.safetensors", model, metadata)
+        encoder, _ = for_finetuning(trained, *changes, seed=params.seed)
+        _, baseline, _ = train(workspace, encoder, trained, beside, None)
+    origin = {**trained.origin, "finetuned_on": index.source, "finetune": config.model_dump()}
+    description = describe(architecture, trained.normalization, trained.eval_crop, origin)
+    with published(workspace.finetuned) as models:
+        save_trained(models, model, {**description, "classes": index.classes})
     quality = {"top1": scores.top1, "top5": scores.top5, "random_init_top1": baseline.top1}
     workspace.write_metrics("finetune", quality, efficiency)
 
 
 def train(
-    workspace: Workspace, encoder: Encoder, loaded: LoadedCae, folder: RunFolder, sink: Any
+    workspace: Workspace, encoder: AnyEncoder, trained: Trained, folder: RunFolder, sink: Any
 ) -> tuple[Classifier, Scores, Row]:
     """Train a classifier on `encoder` and measure it on the validation images."""
     params, index = workspace.params, workspace.index
@@ -87,8 +86,8 @@ def train(
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
     num_classes = len(index.classes)
-    model = Classifier(encoder, num_classes).to(hardware.device)
-    normalize = Normalize(loaded.normalization).to(hardware.device)
+    model = Classifier(encoder, trained.architecture.width, num_classes).to(hardware.device)
+    normalize = Normalize(trained.normalization).to(hardware.device)
     step = LabelledStep(model, config, normalize, num_classes, params.seed)
     optimizer = adamw(model, config, config.layer_decay)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
@@ -102,7 +101,7 @@ def train(
         total_steps=total_steps,
         batches=train_batches(
             workspace,
-            FinetuneTransform(params.model.size_px, config, index.mean),
+            FinetuneTransform(trained.architecture.size_px, config, index.mean),
             batch_size=config.batch_size,
             total_steps=total_steps,
             hardware=hardware,
@@ -113,7 +112,7 @@ def train(
     model.eval()
     scores = Scores()
     with torch.inference_mode():
-        for batch in evaluation_batches(workspace, "val", config.batch_size, hardware):
+        for batch in evaluation_batches(workspace, "val", preprocessing_of(trained), config.batch_size, hardware):
             images = normalize(unit_range(batch["images"].to(hardware.device)))
             scores.add(model(images).cpu(), batch["labels"])
     return model, scores, efficiency

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cae.data.sources.folder import image_files
 from cae.errors import NotReady, UserError
 from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
-from serving.masks import View, draw, random_mask
+from serving.masks import View, draw
 from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, prepare
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,7 @@ def reconstruct(
         if skip_regressor:
             result = bundle.skip_reconstruct(pixels[None])[0]
         else:
-            ratio = bundle.info.default_mask_ratio if mask_ratio is None else mask_ratio
-            visible, masked = random_mask(model.num_patches, ratio, seed)
+            _, visible, masked = bundle.random_mask(mask_ratio, seed)
             result = bundle.reconstruct(pixels[None], visible[None], masked[None])[0]
     except CapabilityError as error:
         raise UserError(str(error)) from None

@@ -15,7 +15,7 @@ from cae.masking import MaskSampler
 from cae.storage import load_into, read_weights
 from cae.targets import hide, patchify
 from cae.targets.files import load_target
-from cae.weights import load_cae, random_encoder
+from cae.weights import load_trained, random_encoder
 from pipeline.batches import Evaluation, draw_masks, unit_range
 from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorGraph
 from pipeline.workspace import Workspace
@@ -66,13 +66,16 @@ class Studio:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.loaded = load_cae(workspace.pretrained)
+        self.trained = load_trained(workspace.pretrained)
+        assert self.trained.cae is not None
         self.target = load_target(workspace.target)
-        self.grid, self.patch_size = self.loaded.architecture.grid, self.loaded.architecture.patch_size
+        self.grid, self.patch_size = self.trained.architecture.grid, self.trained.architecture.patch_size
         self.encoder, self.random = (
-            EncoderGraph(encoder, self.loaded.normalization).eval()
-            for encoder in (self.loaded.model.encoder, random_encoder(self.loaded, workspace.params.seed))
+            EncoderGraph(encoder, self.trained.normalization).eval()
+            for encoder in (self.trained.encoder, random_encoder(self.trained, workspace.params.seed))
         )
+        drawing = self.trained.cae, self.trained.normalization, self.target
+        self.completer, self.copier = ReconstructorGraph(*drawing), SkipReconstructorGraph(*drawing)
 
     def sample(self, split: Split, count: int) -> Sample:
         """`count` images of a split, the classes in turn, so that each is seen."""
@@ -98,7 +101,6 @@ class Studio:
     @torch.inference_mode()
     def completions(self, images: Tensor) -> list[Completion]:
         """The masked patches of `images` predicted from the visible ones, for several kinds of mask."""
-        graph = ReconstructorGraph(self.loaded, self.target)
         mask = self.workspace.params.pretrain.mask
         kinds: list[tuple[str, MaskConfig]] = [(f"{_mask_name(mask.kind, mask.ratio)}\n(as in training)", mask)]
         for kind, ratio in MASKS:
@@ -111,7 +113,7 @@ class Studio:
             num_masked = min(max(round(config.ratio * num_patches), 1), num_patches - 1)
             sampler = MaskSampler(self.grid, num_masked, config.kind, config.min_block)
             visible, masked = draw_masks(sampler, self.workspace.params.seed, range(len(images)))
-            reconstruction, _ = graph(images, visible, masked)
+            reconstruction, _ = self.completer(images, visible, masked)
             unit = unit_range(images)
             middle = torch.full((unit.shape[1],), 0.5)
             seen = hide(unit, visible, middle, self.patch_size)
@@ -122,8 +124,7 @@ class Studio:
     @torch.inference_mode()
     def without_regressor(self, images: Tensor) -> Tensor:
         """The whole image, nothing masked, from the encoder straight into the decoder (Figure 3)."""
-        graph = SkipReconstructorGraph(self.loaded, self.target)
-        return torch.cat([graph(chunk)[0] for chunk in images.split(CHUNK)])
+        return torch.cat([self.copier(chunk)[0] for chunk in images.split(CHUNK)])
 
     def psnr_db(self) -> tuple[float, float, float]:
         """Of validation images: their mean colour, by way of the targets, by way of encoder and decoder (Figure 3)."""
@@ -138,7 +139,7 @@ class Studio:
     def class_attention(self, images: Tensor, random: bool = False) -> np.ndarray:
         """Attention of the class token to every patch in the last block, mean over heads, [b, rows, columns]."""
         graph = self.random if random else self.encoder
-        return graph(images)[3].mean(dim=1).unflatten(1, self.grid).numpy()
+        return graph.features(images)["class_attention"].mean(dim=1).unflatten(1, self.grid).numpy()
 
     @torch.inference_mode()
     def probe_attention(self, images: Tensor) -> np.ndarray | None:
@@ -147,10 +148,10 @@ class Studio:
         if not path.exists():
             return None
         state, metadata = read_weights(path, "attentive")
-        architecture = self.loaded.architecture
+        architecture = self.trained.architecture
         head = AttentiveHead(architecture.width, architecture.num_heads, len(metadata["classes"]))
         load_into(head, state, path)
-        attention = head.eval().attention(self.encoder(images)[0])
+        attention = head.eval().attention(self.encoder.features(images)["patches"])
         return attention.mean(dim=1).unflatten(1, self.grid).numpy()
 
     @torch.inference_mode()
@@ -158,7 +159,7 @@ class Studio:
         """t-SNE of the representations of patches that are not plain background (Figure 6)."""
         sample = self.sample("val", TSNE_IMAGES)
         pixels = patchify(unit_range(sample.images), self.patch_size)
-        flat = FLAT_SHARE * float(np.mean(self.loaded.normalization.std))
+        flat = FLAT_SHARE * float(np.mean(self.trained.normalization.std))
         candidates = np.flatnonzero((pixels.std(dim=-1) > flat).flatten().numpy())
         rng = np.random.default_rng(self.workspace.params.seed)
         chosen = rng.permutation(candidates)[:TSNE_PATCHES]
@@ -168,7 +169,9 @@ class Studio:
         perplexity = min(30, max(1, (len(chosen) - 1) // 3))
         points = []
         for graph in (self.encoder, self.random):
-            patches = torch.cat([graph(chunk)[0] for chunk in sample.images.split(CHUNK)]).flatten(0, 1)
+            patches = torch.cat([graph.features(chunk)["patches"] for chunk in sample.images.split(CHUNK)]).flatten(
+                0, 1
+            )
             tsne = TSNE(perplexity=perplexity, random_state=self.workspace.params.seed, init="pca")
             points.append(tsne.fit_transform(patches[torch.from_numpy(chosen)].numpy()))
         return Embedding(points[0], points[1], labels)
@@ -178,7 +181,7 @@ class Studio:
         """The training images whose mean patch representation is most similar to each query's."""
         bank = self.sample("train", BANK_IMAGES)
         keys, values = (
-            F.normalize(torch.cat([self.encoder(chunk)[2] for chunk in images.split(CHUNK)]), dim=1)
+            F.normalize(torch.cat([self.encoder.features(chunk)["pooled"] for chunk in images.split(CHUNK)]), dim=1)
             for images in (queries, bank.images)
         )
         similarity, positions = (keys @ values.T).topk(min(count, len(values)), dim=1)

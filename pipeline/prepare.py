@@ -19,7 +19,7 @@ from cae.data.sources import Reject, Source, Unusable, open_source
 from cae.errors import UserError
 from pipeline.duplicates import Hashes, pixel_hash, remove_duplicates
 from pipeline.rejects import check_rejects, explain, write_rejects
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 from serving.preprocess import ImageError, decode, orientation, to_mode
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def run(workspace: Workspace) -> None:
     source = open_source(config.source, workspace.root, workspace.downloads)
     num_workers = params.runtime.num_workers
     channels = count_channels(source, num_workers) if config.channels == "auto" else config.channels
-    with workspace.publish(workspace.prepared) as folder:
+    with published(workspace.prepared) as folder:
         splits = assign_splits(source, config.val_fraction, params.seed)
         writers = {split: ShardWriter(folder, split, config.shard_mb) for split in SPLITS}
         broken: list[Reject] = []

@@ -1,5 +1,6 @@
 """Stage `pretrain`: the Context Autoencoder on the prepared images, without labels."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from cae.config import Params
 from cae.data.loader import Batch, steps_per_epoch
+from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
 from cae.model import CaeOutput, ContextAutoencoder, alignment_loss
@@ -17,11 +19,12 @@ from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
-from cae.weights import save_cae
+from cae.weights import describe, load_trained, save_trained
 from pipeline.batches import draw_masks, evaluation_batches, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
-from pipeline.workspace import Workspace
+from pipeline.start_from import fitting, load_parts
+from pipeline.workspace import Workspace, published
 
 # Every run of docs/small-scale.md dips early on. After a third of the steps all that learn tokens stay at 0.1 or more
 # with λ up to 2, and λ = 10 falls to 0.02.
@@ -74,7 +77,15 @@ def run(workspace: Workspace) -> None:
     target = load_target(workspace.target)
     architecture = params.architecture(index.channels, target.num_outputs)
     normalization = Normalization(index.mean, index.std)
+    start = None
+    if config.start_from is not None:
+        start = load_trained(workspace.root / config.start_from)
+        architecture = fitting(architecture, start, Path(config.start_from))
+        # The weights know the images that they were trained on.
+        normalization = start.normalization
     model = ContextAutoencoder(architecture, config.drop_path, config.alignment_drop_path)
+    if start:
+        load_parts(model, start)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
@@ -105,10 +116,18 @@ def run(workspace: Workspace) -> None:
         ).run(folder)
     model.eval()
     quality = evaluate(workspace, objective, masks, hardware)
-    with workspace.publish(workspace.pretrained.parent) as published:
-        # The parameters that DVC tracks for this stage, no more: others may change without a new run.
-        origin = {"source": index.source, "data_hash": index.hash, "params": folder.stamp["params"]}
-        save_cae(published / workspace.pretrained.name, model, architecture, normalization, origin)
+    origin = {
+        "name": params.model.name,
+        "source": index.source,
+        "data_hash": index.hash,
+        "target_sha256": file_sha256(workspace.target),
+        "mask_ratio": config.mask.ratio,
+        # Those that DVC tracks for this stage, no more: others may change without a new run.
+        "params": folder.stamp["params"],
+        **({"started_from": start.origin} if start else {}),
+    }
+    with published(workspace.pretrained) as models:
+        save_trained(models, model, describe(architecture, normalization, params.model.eval_crop, origin))
     workspace.write_metrics("pretrain", quality, efficiency)
 
 
@@ -134,7 +153,8 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
     """Losses and scores on the validation images, each with a mask of its own that is the same in every run."""
     totals: dict[str, float] = {}
     num_images = 0
-    for batch in evaluation_batches(workspace, "val", workspace.params.pretrain.batch_size, hardware):
+    batch_size = workspace.params.pretrain.batch_size
+    for batch in evaluation_batches(workspace, "val", workspace.preprocessing(), batch_size, hardware):
         size = len(batch["images"])
         positions = range(num_images, num_images + size)
         batch["visible"], batch["masked"] = draw_masks(masks, workspace.params.seed, positions)

@@ -12,45 +12,47 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from cae.config import HeadConfig
+from cae.config import HeadConfig, ProbeConfig
 from cae.data.loader import Batch, EpochBatches, steps_per_epoch
 from cae.data.shards import Split
 from cae.data.transforms import CropFlip, CropTransform
+from cae.errors import UserError
 from cae.heads import AttentiveHead, LinearHead, knn_predict
-from cae.model import Encoder
-from cae.normalization import Normalize
+from cae.model import AnyEncoder
 from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import BatchSource, Training
 from cae.train.optimizer import cosine_schedule
-from cae.weights import LoadedCae, load_cae, pretrained_encoder, random_encoder
-from pipeline.batches import evaluation_batches, train_batches, unit_range
+from cae.weights import Trained, random_encoder, trained_encoder
+from pipeline.batches import evaluation_batches, train_batches
+from pipeline.checkpoints import load_for_data, preprocessing_of
+from pipeline.graphs import EncoderGraph
 from pipeline.runs import shared_folder
 from pipeline.scores import Scores, scores_of, skip_without_labels
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 
 Features = dict[str, Tensor]
-"""`tokens` [n, 1+patches, d] after the final LayerNorm, class token first, and `labels` [n]."""
+"""`patches` [n, p, d] and, where the encoder has one, `class_token` [n, d], after the last LayerNorm; `labels` [n]."""
 
-Pool = Callable[[Tensor], Tensor]
+Pool = Callable[[Features], Tensor]
 MOMENTUM = 0.9
 
 
-def class_token(tokens: Tensor) -> Tensor:
-    return tokens[:, 0]
+def class_token(features: Features) -> Tensor:
+    return features["class_token"]
 
 
-def pooled(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:].mean(dim=1)
+def pooled(features: Features) -> Tensor:
+    return features["pooled"]
 
 
-def patches(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:]
+def patches(features: Features) -> Tensor:
+    return features["patches"]
 
 
-def all_tokens(tokens: Tensor) -> Tensor:
-    return tokens
+def all_tokens(features: Features) -> Tensor:
+    return torch.cat([features["class_token"].unsqueeze(1), features["patches"]], dim=1)
 
 
 @dataclass
@@ -58,27 +60,33 @@ class FrozenEncoder:
     """An encoder whose features are read, never changed; `name` tells the pretrained from the random one."""
 
     name: Literal["pretrained", "random_init"]
-    encoder: Encoder
-    loaded: LoadedCae
+    encoder: AnyEncoder
+    trained: Trained
     hardware: Hardware
 
     def __post_init__(self) -> None:
-        self.encoder.to(self.hardware.device)
-        self.normalize = Normalize(self.loaded.normalization).to(self.hardware.device)
+        self.graph = EncoderGraph(self.encoder, self.trained.normalization).eval().to(self.hardware.device)
+
+    @property
+    def width(self) -> int:
+        return self.trained.architecture.width
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images [b, c, h, w], in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.encoder(self.normalize(unit_range(images)))
+            features = self.graph.features(images)
+        features.pop("class_attention", None)
+        return features
 
     def features(self, workspace: Workspace, split: Split) -> Features:
         """Features of every image of a split with evaluation preprocessing, on the CPU."""
-        tokens, labels = [], []
-        for batch in evaluation_batches(workspace, split, 256, self.hardware):
-            tokens.append(self.tokens(batch["images"].to(self.hardware.device)).cpu())
-            labels.append(batch["labels"])
-        return {"tokens": torch.cat(tokens), "labels": torch.cat(labels).long()}
+        parts: dict[str, list[Tensor]] = {}
+        for batch in evaluation_batches(workspace, split, preprocessing_of(self.trained), 256, self.hardware):
+            features = self(batch["images"].to(self.hardware.device))
+            for name, values in {**features, "labels": batch["labels"].long()}.items():
+                parts.setdefault(name, []).append(values.cpu())
+        return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def run(workspace: Workspace, name: str) -> None:
@@ -87,36 +95,52 @@ def run(workspace: Workspace, name: str) -> None:
         return
     params = workspace.params
     hardware = Hardware.choose(params.runtime)
-    loaded = load_cae(workspace.pretrained)
+    trained = load_for_data(workspace)
+    check_class_token(params.probe, trained)
     encoders = (
-        FrozenEncoder("pretrained", pretrained_encoder(loaded), loaded, hardware),
-        FrozenEncoder("random_init", random_encoder(loaded, params.seed), loaded, hardware),
+        FrozenEncoder("pretrained", trained_encoder(trained), trained, hardware),
+        FrozenEncoder("random_init", random_encoder(trained, params.seed), trained, hardware),
     )
     probes = {"linear": linear, "attentive": attentive, "knn": knn}
-    with workspace.publish(workspace.probe(name)) as folder:
+    with published(workspace.probe(name)) as folder:
         quality, efficiency = probes[name](workspace, encoders, folder)
     workspace.write_metrics(f"probe_{name}", quality, efficiency)
+
+
+def check_class_token(config: ProbeConfig, trained: Trained) -> None:
+    """Raise UserError where a probe is to read a class token that the encoder does not have."""
+    if trained.encoder.num_prefix:
+        return
+    wrong = ["probe.attentive.use_class_token: false"] if config.attentive.use_class_token else []
+    wrong += ["probe.knn.feature: pooled"] if config.knn.feature == "class_token" else []
+    if wrong:
+        raise UserError(f"the encoder has no class token; set {' and '.join(wrong)}")
 
 
 def linear(
     workspace: Workspace, encoders: tuple[FrozenEncoder, FrozenEncoder], folder: Path
 ) -> tuple[dict[str, float], Row]:
-    """The paper's linear probe on the class token; on the mean of the patches beside it."""
+    """The paper's linear probe on the class token; on the mean of the patches beside it.
+
+    An encoder without class token has the mean alone, which then stands for both.
+    """
     config = workspace.params.probe.linear
-    width, num_classes = encoders[0].loaded.architecture.width, len(workspace.index.classes)
+    num_classes = len(workspace.index.classes)
     quality: dict[str, float] = {}
     efficiency: Row = {}
     for frozen in encoders:
         prefix = "" if frozen.name == "pretrained" else "random_init_"
-        for pool, infix in ((class_token, ""), (pooled, "pooled_")):
+        pools = ((class_token, ""), (pooled, "pooled_")) if frozen.encoder.num_prefix else ((pooled, ""),)
+        for pool, infix in pools:
             set_reproducible(workspace.params.seed)
-            head = LinearHead(width, num_classes)
+            head = LinearHead(frozen.width, num_classes)
             optimizer = Lars(head.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
             scores, rates = train_head(workspace, frozen, head, optimizer, config, pool)
             quality[f"{prefix}{infix}top1"] = scores.top1
             if not prefix + infix:
                 quality["top5"], efficiency = scores.top5, rates
                 _save_head(folder / "linear.safetensors", head, workspace)
+        quality.setdefault(f"{prefix}pooled_top1", quality[f"{prefix}top1"])
     return quality, efficiency
 
 
@@ -125,13 +149,13 @@ def attentive(
 ) -> tuple[dict[str, float], Row]:
     """The paper's attentive probe on the patches."""
     config = workspace.params.probe.attentive
-    num_heads = encoders[0].loaded.architecture.num_heads
+    num_heads = encoders[0].trained.architecture.num_heads
     pool = all_tokens if config.use_class_token else patches
     quality: dict[str, float] = {}
     efficiency: Row = {}
     for frozen in encoders:
         set_reproducible(workspace.params.seed)
-        head = AttentiveHead(frozen.loaded.architecture.width, num_heads, len(workspace.index.classes))
+        head = AttentiveHead(frozen.width, num_heads, len(workspace.index.classes))
         optimizer = SGD(head.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
         scores, rates = train_head(workspace, frozen, head, optimizer, config, pool)
         if frozen.name == "pretrained":
@@ -152,8 +176,8 @@ def knn(
     for frozen in encoders:
         bank, queries = (split_features(workspace, frozen, split) for split in ("train", "val"))
         votes = knn_predict(
-            pool(queries["tokens"]),
-            pool(bank["tokens"]),
+            pool(queries),
+            pool(bank),
             bank["labels"],
             k=config.k,
             temperature=config.temperature,
@@ -175,8 +199,8 @@ def train_head(
     total_steps = config.epochs * per_epoch
 
     def step(batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = batch["tokens"] if "tokens" in batch else frozen.tokens(batch["images"])
-        return F.cross_entropy(head(pool(tokens)).float(), batch["labels"].long()), {}
+        features = frozen(batch["images"]) if "images" in batch else batch
+        return F.cross_entropy(head(pool(features)).float(), batch["labels"].long()), {}
 
     efficiency = Training(
         name=f"probe {frozen.name} {type(head).__name__} {pool.__name__}",
@@ -191,7 +215,7 @@ def train_head(
     head.eval()
     val = split_features(workspace, frozen, "val")
     with torch.inference_mode():
-        logits = [head(pool(chunk.to(hardware.device))).cpu() for chunk in val["tokens"].split(1024)]
+        logits = [head(chunk.to(hardware.device)).cpu() for chunk in pool(val).split(1024)]
     return scores_of(torch.cat(logits), val["labels"]), efficiency
 
 
@@ -210,7 +234,7 @@ def split_features(workspace: Workspace, frozen: FrozenEncoder, split: Split) ->
 
 def _batches(workspace: Workspace, frozen: FrozenEncoder, config: HeadConfig, total_steps: int) -> BatchSource:
     if not workspace.params.probe.cache_features:
-        crop = CropTransform(CropFlip(workspace.params.model.size_px, config))
+        crop = CropTransform(CropFlip(frozen.trained.architecture.size_px, config))
         return train_batches(
             workspace, crop, batch_size=config.batch_size, total_steps=total_steps, hardware=frozen.hardware
         )
@@ -228,7 +252,7 @@ def _batches(workspace: Workspace, frozen: FrozenEncoder, config: HeadConfig, to
 def _cached_batches(features: Features, order: EpochBatches) -> Iterator[Batch]:
     for samples in order:
         positions = torch.tensor([sample.position for sample in samples])
-        yield {"tokens": features["tokens"][positions], "labels": features["labels"][positions]}
+        yield {name: values[positions] for name, values in features.items()}
 
 
 def _save_head(path: Path, head: nn.Module, workspace: Workspace) -> None:

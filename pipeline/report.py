@@ -12,7 +12,7 @@ from cae.train.device import Hardware
 from pipeline.pretrain import COLLAPSED_VARIANCE
 from pipeline.results import accuracies
 from pipeline.sections import Section, metrics_of, sections
-from pipeline.workspace import METRIC_STAGES, Workspace
+from pipeline.workspace import METRIC_STAGES, Workspace, published
 
 LIBRARIES = ("torch", "timm", "dvc", "onnxruntime-gpu", "numpy", "pillow", "scikit-learn")
 GLOSSARY = {
@@ -45,7 +45,7 @@ GLOSSARY = {
 def run(workspace: Workspace) -> None:
     """Write `report/index.html` and `report/figures`."""
     torch.manual_seed(workspace.params.seed)
-    with workspace.publish(workspace.report) as folder:
+    with published(workspace.report) as folder:
         drawings = folder / "figures"
         drawings.mkdir()
         page = render(workspace, sections(workspace, drawings), drawings)

@@ -53,10 +53,11 @@ def make_stamp(workspace: Workspace, stage: str) -> dict[str, Any]:
     params = {key: _look_up(raw, key) for key in entry["params"]}
     code, data = hashlib.sha256(), hashlib.sha256()
     for dependency in sorted(entry["deps"]):
-        path = workspace.root / dependency
+        path = workspace.dependency(dependency)
         digest = code if path.suffix == ".py" else data
         for file in _files_that_identify(path):
-            digest.update(f"{file.relative_to(workspace.root)} {file_sha256(file)}\n".encode())
+            name = Path(dependency, file.relative_to(path))
+            digest.update(f"{name} {file_sha256(file)}\n".encode())
     stamp = {"params": params, "data_hash": data.hexdigest(), "code_version": code.hexdigest()}
     fingerprint = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
     return {**stamp, "fingerprint": fingerprint}

@@ -7,7 +7,7 @@ import torch
 from timm.utils import accuracy
 from torch import Tensor
 
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def skip_without_labels(workspace: Workspace, stage: str, output: Path) -> bool:
         return False
     reason = f"{workspace.index.source} has no labels; class sub-folders would give them"
     logger.warning("%s is skipped: %s", stage, reason)
-    with workspace.publish(output) as folder:
+    with published(output) as folder:
         (folder / "skipped.txt").write_text(reason + "\n")
     workspace.write_metrics(stage, {"skipped": reason}, {})
     return True

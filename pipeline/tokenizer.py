@@ -23,7 +23,7 @@ from cae.train.optimizer import adamw, cosine_schedule
 from pipeline.batches import evaluation_batches, first_images, train_batches, unit_range
 from pipeline.live import curves
 from pipeline.runs import run_folder
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, published
 
 # A code chosen for fewer than this share of its fair part of the patches counts as dead.
 DEAD_SHARE = 0.02
@@ -45,7 +45,7 @@ def run(workspace: Workspace) -> None:
         target, efficiency = PixelTarget(architecture, index.mean, index.std), {}
         quality = {"skipped": "tokenizer.kind is pixels, so there is nothing to train"}
         workspace.curves("tokenizer").mkdir(parents=True, exist_ok=True)
-    with workspace.publish(workspace.target.parent) as folder:
+    with published(workspace.target.parent) as folder:
         save_target(folder / workspace.target.name, target)
     workspace.write_metrics("tokenizer", quality, efficiency)
 
@@ -58,7 +58,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
     optimizer = adamw(dvae, config)
-    usage_images = first_images(workspace, "train", USAGE_IMAGES).to(hardware.device)
+    usage_images = first_images(workspace, "train", workspace.preprocessing(), USAGE_IMAGES).to(hardware.device)
 
     def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
@@ -150,7 +150,8 @@ def evaluate(workspace: Workspace, dvae: Dvae, hardware: Hardware) -> dict[str, 
     """Hard-code reconstruction PSNR, share of the codes in use and perplexity, on the validation images."""
     counts = torch.zeros(dvae.num_outputs, dtype=torch.int64)
     squared, num_values = 0.0, 0
-    for batch in evaluation_batches(workspace, "val", workspace.params.tokenizer.batch_size, hardware):
+    batch_size = workspace.params.tokenizer.batch_size
+    for batch in evaluation_batches(workspace, "val", workspace.preprocessing(), batch_size, hardware):
         images = unit_range(batch["images"].to(hardware.device))
         tokens = dvae.encode(images)
         counts += dvae.count_codes(tokens).cpu()

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from cae.config import Params, load_params
 from cae.data.shards import Index
 from serving.preprocess import Preprocessing
 
+PRETRAINED = "models/pretrain"
 # Whose metrics describe a model, in the order of the pipeline.
 METRIC_STAGES = (
     "prepare",
@@ -28,15 +29,25 @@ METRIC_STAGES = (
 
 @dataclass(frozen=True)
 class Workspace:
-    """A checkout of the project: its parameters and the places that the stages read and write."""
+    """A checkout of the project: its parameters and the places that the stages read and write.
+
+    With `weights` the stages after pretraining use those in place of the pipeline's, and with `results` they write
+    there.
+    """
 
     root: Path
     params_file: Path
+    weights: Path | None = None
+    results: Path | None = None
 
     @classmethod
     def here(cls) -> "Workspace":
         """The current folder, where DVC runs every stage."""
         return cls(Path.cwd(), Path("params.yaml"))
+
+    def measuring(self, weights: Path, results: Path) -> "Workspace":
+        """The same with other trained weights, and a folder of its own for what the stages make of them."""
+        return replace(self, weights=weights, results=results)
 
     @cached_property
     def params(self) -> Params:
@@ -60,11 +71,16 @@ class Workspace:
 
     @property
     def pretrained(self) -> Path:
-        return self.root / "models/pretrain/cae.safetensors"
+        """Folder of the trained weights."""
+        return self.weights or self.root / PRETRAINED
+
+    @property
+    def made(self) -> Path:
+        return self.results or self.root
 
     @property
     def finetuned(self) -> Path:
-        return self.root / "models/finetune"
+        return self.made / "models/finetune"
 
     @property
     def bundle(self) -> Path:
@@ -72,11 +88,11 @@ class Workspace:
 
     @property
     def metrics(self) -> Path:
-        return self.root / "metrics"
+        return self.made / "metrics"
 
     @property
     def scratch(self) -> Path:
-        return self.root / "scratch"
+        return self.made / "scratch"
 
     @property
     def seeds(self) -> Path:
@@ -87,7 +103,11 @@ class Workspace:
         return self.root / "report"
 
     def probe(self, name: str) -> Path:
-        return self.root / f"models/probe/{name}"
+        return self.made / f"models/probe/{name}"
+
+    def dependency(self, name: str) -> Path:
+        """Where an entry of `deps` in dvc.yaml lies."""
+        return self.pretrained if name == PRETRAINED else self.root / name
 
     def curves(self, stage: str) -> Path:
         return self.metrics / "curves" / stage
@@ -120,17 +140,18 @@ class Workspace:
         path = self.metrics / f"{stage}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    @contextmanager
-    def publish(self, folder: Path) -> Iterator[Path]:
-        """An empty folder that takes the place of `folder` when the block ends without an error."""
-        # Beside its destination, so that the last step is a rename on one filesystem.
-        partial = folder.with_name(f".{folder.name}.partial")
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block ends without an error."""
+    # Beside its destination, so that the last step is a rename on one filesystem.
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -220,9 +220,8 @@ def _reconstruct(service: Service, request: Request, query: ReconstructQuery, da
         images = service.prepared(data)
         reconstruction = service.bundle.skip_reconstruct(images)
     else:
-        ratio = service.bundle.info.default_mask_ratio if query.mask_ratio is None else query.mask_ratio
         seed = query.seed or 0
-        visible, masked = masks.random_mask(model.num_patches, ratio, seed)
+        ratio, visible, masked = service.bundle.random_mask(query.mask_ratio, seed)
         images = service.prepared(data)
         reconstruction = service.bundle.reconstruct(images, visible[None], masked[None])
         headers |= {

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serving.machine import available_cpus, has_nvidia_device
+from serving.masks import random_mask
 from serving.preprocess import Preprocessing
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -108,7 +109,9 @@ class BundleInfo(_Section):
     dtype: str
     files: dict[str, FileInfo]
     capabilities: Capabilities
-    default_mask_ratio: float = Field(gt=0, lt=1)
+    # Those that the encoder has: without a class token it gives neither the token nor its attention.
+    outputs: tuple[Output, ...] = OUTPUTS
+    default_mask_ratio: float | None = Field(None, gt=0, lt=1)
     params: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
 
@@ -128,6 +131,8 @@ class BundleInfo(_Section):
         for capability, graph in _GRAPHS.items():
             if getattr(self.capabilities, capability) and graph.file not in self.files:
                 raise ValueError(f"capabilities.{capability} is true, but files has no {graph.file}")
+        if self.capabilities.reconstruct and self.default_mask_ratio is None:
+            raise ValueError("default_mask_ratio is missing, and capabilities.reconstruct is true")
         return self
 
 
@@ -163,7 +168,7 @@ class Bundle:
         threads = num_threads or available_cpus()
         loader = _Loader(folder, device, threads)
         sessions = {
-            capability: loader.load(graph)
+            capability: loader.load(graph, info.outputs if capability == "embed" else graph.outputs)
             for capability, graph in _GRAPHS.items()
             if getattr(info.capabilities, capability)
         }
@@ -182,15 +187,21 @@ class Bundle:
             self.skip_reconstruct(images)
 
     def embed(
-        self, images: NDArray[np.uint8], outputs: Sequence[Output] = OUTPUTS
+        self, images: NDArray[np.uint8], outputs: Sequence[Output] | None = None
     ) -> dict[Output, NDArray[np.float32]]:
         """Features of `images` uint8 [B, C, H, W] by name; shapes are in the module's docstring.
 
-        Only `outputs` are handed over. The time is nearly the same for any of them: they share the encoder's blocks.
+        Only `outputs` are handed over, by default all that the encoder has. The time is nearly the same for any of
+        them: they share the encoder's blocks.
 
-        Errors: ValueError for a wrong shape or type.
+        Errors: ValueError for a wrong shape or type; CapabilityError for an output that the encoder does not have.
         """
         self._check_images(images)
+        outputs = outputs or self.info.outputs
+        if missing := [name for name in outputs if name not in self.info.outputs]:
+            raise CapabilityError(
+                f"the encoder of this bundle has no {missing[0]}; it gives {', '.join(self.info.outputs)}"
+            )
         values = self._sessions["embed"].run(list(outputs), {"images": images})
         return dict(zip(outputs, values, strict=True))
 
@@ -208,6 +219,16 @@ class Bundle:
         for name, indices in (("visible", visible), ("masked", masked)):
             self._check_indices(name, indices, len(images))
         return _only(session.run(["reconstruction"], {"images": images, "visible": visible, "masked": masked}))
+
+    def random_mask(self, ratio: float | None, seed: int) -> tuple[float, NDArray[np.int64], NDArray[np.int64]]:
+        """The ratio, by default the bundle's own, and indices of the visible [V] and the masked patches [M].
+
+        Errors: CapabilityError without a reconstructor; ValueError as `masks.random_mask`.
+        """
+        self._session("reconstruct")
+        chosen = self.info.default_mask_ratio if ratio is None else ratio
+        assert chosen is not None  # a bundle with a reconstructor has one
+        return chosen, *random_mask(self.info.model.num_patches, chosen, seed)
 
     def skip_reconstruct(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The images uint8 [B, C, H, W] through encoder and decoder without the regressor (Figure 3 of the paper).
@@ -260,7 +281,7 @@ class _Loader:
             # CUDA and cuDNN may lie in wheels beside onnxruntime, where the system's loader does not look.
             onnxruntime.preload_dlls()
 
-    def load(self, graph: _Graph) -> onnxruntime.InferenceSession:
+    def load(self, graph: _Graph, expected: Sequence[str]) -> onnxruntime.InferenceSession:
         path = self._folder / graph.file
         providers = [_CUDA, _CPU] if self.provider == _CUDA else [_CPU]
         try:
@@ -269,10 +290,10 @@ class _Loader:
             raise BundleError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
         inputs = tuple(node.name for node in session.get_inputs())
         outputs = {node.name for node in session.get_outputs()}
-        if set(inputs) != set(graph.inputs) or not outputs.issuperset(graph.outputs):
+        if set(inputs) != set(graph.inputs) or not outputs.issuperset(expected):
             raise BundleError(
                 f"{path}: the graph has inputs {sorted(inputs)} and outputs {sorted(outputs)}; expected inputs "
-                f"{list(graph.inputs)} and outputs {list(graph.outputs)}. Export it again with this version"
+                f"{list(graph.inputs)} and outputs {list(expected)}. Export it again with this version"
             )
         # onnxruntime falls back to the CPU in silence, so what it was asked for says nothing.
         if session.get_providers()[0] != self.provider:

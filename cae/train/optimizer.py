@@ -17,7 +17,8 @@ def adamw(module: nn.Module, config: OptimizationConfig, layer_decay: float | No
     `layer_decay` needs `module.group_matcher`, as timm's models have it; each group then carries its `lr_scale`,
     which timm's schedules multiply in.
     """
-    no_decay = [name for name, _ in module.named_parameters() if name.endswith(("cls_token", "mask_query"))]
+    tokens = ("cls_token", "mask_query", "reg_token", "pos_embed")
+    no_decay = [name for name, _ in module.named_parameters() if name.endswith(tokens)]
     if layer_decay is None:
         groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=no_decay)
     else:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cae.config import Architecture
 from cae.model import ContextAutoencoder, alignment_loss
+from cae.official import from_official
+from cae.positions import sincos_positions
 
 logger = logging.getLogger(__name__)
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "cae_forward.json").read_text())
 TOLERANCE = 1e-5
-
-# Official module names on the left, ours on the right; applied in order to every key.
-OFFICIAL_NAMES = [
-    (r"^regresser\.regressor_blocks\.", "regressor.blocks."),
-    (r"^regresser\.", "regressor."),
-    (r"^decoder\.decoder_blocks\.", "decoder.blocks."),
-    (r"^encoder_to_regresser\.", "projection.0."),
-    (r"^encoder_to_regresser_norm\.", "projection.1."),
-    (r"^mask_token$", "regressor.mask_query"),
-    (r"\.gamma_([12])(_cross)?$", r".ls\1.gamma"),
-    (r"\.norm1_([qkv])\.", r".norm_\1."),
-    (r"\.norm2_cross\.", ".norm2."),
-    (r"\.cross_attn\.", ".attn."),
-    (r"\.mlp_cross\.", ".mlp."),
-]
-
-
-def official_name(key: str) -> str:
-    """Our name of a parameter in the official state dict."""
-    for pattern, replacement in OFFICIAL_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def official_keys(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -101,31 +79,14 @@ def reference_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def reference_model(config: dict[str, Any]) -> ContextAutoencoder:
+    """The model with the reference weights, by way of the official format."""
     side = config["img_size"] // config["patch_size"]
-    model = ContextAutoencoder(
-        Architecture(
-            channels=3,
-            grid=(side, side),
-            patch_size=config["patch_size"],
-            depth=config["depth"],
-            width=config["embed_dim"],
-            num_heads=config["num_heads"],
-            predictor_width=config["predictor_dim"],
-            predictor_num_heads=config["predictor_heads"],
-            regressor_depth=config["regressor_depth"],
-            decoder_depth=config["decoder_depth"],
-            num_outputs=config["vocab_size"],
-            layer_scale=config["layer_scale"],
-            predictor_layer_scale=config["layer_scale"],
-        )
-    )
-    state = {official_name(key): reference_weight(key, shape) for key, shape in official_keys(config).items()}
-    # The official regressor keeps three projections where ours are the rows of one weight.
-    for i in range(config["regressor_depth"]):
-        name = f"regressor.blocks.{i}.attn"
-        state[f"{name}.qkv.weight"] = torch.cat([state.pop(f"{name}.{part}.weight") for part in "qkv"])
-    model.load_state_dict(state, strict=True)
-    return model.eval()
+    state = {key: reference_weight(key, shape) for key, shape in official_keys(config).items()}
+    state["rd_pos_embed"] = sincos_positions((side, side), config["predictor_dim"])[None]
+    path = Path("reference.pth")
+    imported = from_official(state, path, config["num_heads"], config["predictor_heads"])
+    assert isinstance(imported.model, ContextAutoencoder)
+    return imported.model
 
 
 @pytest.mark.parametrize("name", CASES)

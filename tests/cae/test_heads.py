@@ -90,7 +90,7 @@ def test_the_attentive_head_learns_to_choose_among_tokens() -> None:
 
 
 def test_the_classifier_starts_with_logits_near_zero(make_architecture: MakeArchitecture) -> None:
-    classifier = Classifier(Encoder(make_architecture(width=64)), 10)
+    classifier = Classifier(Encoder(make_architecture(width=64, final_norm="pooled")), 64, 10)
     logits = classifier(torch.randn(4, 3, 8, 10))
     assert logits.shape == (4, 10)
     assert 0 < logits.abs().max() < 0.001
@@ -99,9 +99,8 @@ def test_the_classifier_starts_with_logits_near_zero(make_architecture: MakeArch
 
 
 def test_the_classifier_leaves_the_encoders_final_norm_out(make_architecture: MakeArchitecture) -> None:
-    encoder = Encoder(make_architecture())
-    encoder.norm.register_forward_hook(lambda *_: pytest.fail("the encoder's own norm was applied"))
-    classifier = Classifier(encoder, 4).eval()
+    encoder = Encoder(make_architecture(final_norm="pooled"))
+    classifier = Classifier(encoder, 16, 4).eval()
     images = torch.randn(2, 3, 8, 10)
     x = torch.cat([encoder.cls_token.expand(2, -1, -1), encoder.embed(images)], dim=1)
     for block in encoder.blocks:
@@ -112,8 +111,8 @@ def test_the_classifier_leaves_the_encoders_final_norm_out(make_architecture: Ma
 
 
 def test_the_classifier_pools_patches_without_the_class_token(make_architecture: MakeArchitecture) -> None:
-    encoder = Encoder(make_architecture(depth=1))
-    classifier = Classifier(encoder, 4).eval()
+    encoder = Encoder(make_architecture(depth=1, final_norm="pooled"))
+    classifier = Classifier(encoder, 16, 4).eval()
     # Gains of zero: tokens stay what they are, so only a token that is pooled can matter.
     with torch.no_grad():
         for block in encoder.blocks:
@@ -127,7 +126,7 @@ def test_the_classifier_pools_patches_without_the_class_token(make_architecture:
 
 
 def test_the_classifier_trains_the_whole_encoder(make_architecture: MakeArchitecture) -> None:
-    classifier = Classifier(Encoder(make_architecture()), 4)
+    classifier = Classifier(Encoder(make_architecture(final_norm="pooled")), 16, 4)
     nn.init.normal_(classifier.head.weight)
     F.cross_entropy(classifier(torch.randn(4, 3, 8, 10)), torch.arange(4)).backward()
     for name, parameter in classifier.named_parameters():

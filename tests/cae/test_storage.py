@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from cae.config import Architecture
 from cae.errors import UserError
 from cae.model import ContextAutoencoder
+from cae.normalization import Normalization
 from cae.storage import load_into, read_weights, save_weights
 from cae.targets.dvae import Dvae, DvaeArchitecture
 from cae.targets.files import load_target, save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
-from cae.weights import LoadedCae, Normalization, load_cae, pretrained_encoder, random_encoder, save_cae
+from cae.weights import Trained, describe, load_trained, random_encoder, save_trained, trained_encoder
 
 MakeArchitecture = Callable[..., Architecture]
 NORMALIZATION = Normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
@@ -65,9 +66,9 @@ def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
 def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "toy.safetensors"
     save_weights(path, toy(), METADATA)
-    with pytest.raises(UserError, match=r"toy\.safetensors: holds 'toy' weights; expected 'cae'"):
-        load_cae(path)
-    with pytest.raises(UserError, match=r"toy\.safetensors: holds 'toy' weights; expected 'target'"):
+    with pytest.raises(UserError, match=r"toy\.safetensors: holds toy weights; expected cae"):
+        load_trained(path)
+    with pytest.raises(UserError, match=r"toy\.safetensors: holds toy weights; expected target"):
         load_target(path)
 
 
@@ -75,16 +76,18 @@ def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "vit.safetensors"
     save_file({"weight": torch.zeros(2)}, path, metadata)
-    with pytest.raises(UserError, match=r"vit\.safetensors: holds 'foreign' weights; expected 'cae'"):
-        load_cae(path)
+    with pytest.raises(UserError, match=r"vit\.safetensors: holds foreign weights; expected cae .*cae-pipe import"):
+        load_trained(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 something else", b"\x00" * 100, b"{}" * 50])
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.safetensors: not a safetensors file .*expected cae weights"):
-        load_cae(path)
+    with pytest.raises(
+        UserError, match=r"broken\.safetensors: not a safetensors file .*expected cae or encoder or classifier weights"
+    ):
+        load_trained(path)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -96,9 +99,11 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_refused_with_what_makes_it(tmp_path: Path) -> None:
-    for path in (tmp_path / "no.safetensors", tmp_path):
-        with pytest.raises(UserError, match=rf"{path}: no such file; expected cae weights, which `dvc repro` makes"):
-            load_cae(path)
+    path = tmp_path / "no.safetensors"
+    with pytest.raises(UserError, match=rf"{path}: no such file; expected cae or .*, which `dvc repro` makes"):
+        load_trained(path)
+    with pytest.raises(UserError, match=rf"{tmp_path}: holds none of cae\.safetensors, .*cae-pipe import"):
+        load_trained(tmp_path)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(3, 5), nn.Linear(3, 4, bias=False), toy()])
@@ -120,10 +125,9 @@ def model(make_architecture: MakeArchitecture) -> ContextAutoencoder:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path, model: ContextAutoencoder, make_architecture: MakeArchitecture) -> LoadedCae:
-    path = tmp_path / "cae.safetensors"
-    save_cae(path, model, make_architecture(predictor_width=8), NORMALIZATION, {"seed": 3})
-    return load_cae(path)
+def loaded(tmp_path: Path, model: ContextAutoencoder, make_architecture: MakeArchitecture) -> Trained:
+    save_trained(tmp_path, model, describe(make_architecture(predictor_width=8), NORMALIZATION, 0.9, {"seed": 3}))
+    return load_trained(tmp_path)
 
 
 @pytest.fixture
@@ -132,19 +136,22 @@ def inputs(draw_masks: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 
 
 def test_a_saved_model_gives_the_same_outputs(
-    model: ContextAutoencoder, loaded: LoadedCae, inputs: tuple[Tensor, Tensor, Tensor]
+    model: ContextAutoencoder, loaded: Trained, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    for ours, theirs in zip(loaded.model(*inputs), model(*inputs), strict=True):
+    assert loaded.cae is not None
+    for ours, theirs in zip(loaded.cae(*inputs), model(*inputs), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_a_loaded_model_knows_its_sizes_normalisation_and_origin(
-    loaded: LoadedCae, make_architecture: MakeArchitecture
+    loaded: Trained, make_architecture: MakeArchitecture
 ) -> None:
-    assert not loaded.model.training
+    assert loaded.cae is not None
+    assert not loaded.cae.training
     assert loaded.architecture == make_architecture(predictor_width=8)
     assert loaded.normalization == NORMALIZATION
-    assert loaded.metadata["origin"] == {"seed": 3}
+    assert loaded.origin == {"seed": 3}
+    assert loaded.eval_crop == 0.9
 
 
 @pytest.mark.parametrize(
@@ -156,37 +163,37 @@ def test_a_loaded_model_knows_its_sizes_normalisation_and_origin(
     ],
 )
 def test_a_file_of_another_version_is_refused(
-    tmp_path: Path, model: ContextAutoencoder, loaded: LoadedCae, change: Callable[[dict[str, Any]], Any]
+    tmp_path: Path, model: ContextAutoencoder, loaded: Trained, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     path = tmp_path / "other.safetensors"
     metadata = loaded.metadata | {"architecture": dict(loaded.metadata["architecture"])}
     change(metadata["architecture"])
     save_weights(path, model, metadata)
     with pytest.raises(UserError, match=r"other\.safetensors: written by another version of cae-pipe"):
-        load_cae(path)
+        load_trained(path)
 
 
 def test_other_shapes_than_the_file_says_are_refused(
-    tmp_path: Path, model: ContextAutoencoder, loaded: LoadedCae
+    tmp_path: Path, model: ContextAutoencoder, loaded: Trained
 ) -> None:
     path = tmp_path / "other.safetensors"
     metadata = loaded.metadata | {"architecture": loaded.metadata["architecture"] | {"num_outputs": 12}}
     save_weights(path, model, metadata)
     with pytest.raises(UserError, match=r"(?s)other\.safetensors: written by another version.*decoder\.head"):
-        load_cae(path)
+        load_trained(path)
 
 
-def test_the_pretrained_encoder_is_a_copy_of_the_models(loaded: LoadedCae) -> None:
-    encoder = pretrained_encoder(loaded, drop_path=0.2)
+def test_the_trained_encoder_is_a_copy_of_the_models(loaded: Trained) -> None:
+    encoder = trained_encoder(loaded, drop_path=0.2)
     images = torch.randn(2, 3, 8, 10)
-    assert torch.equal(encoder.eval()(images), loaded.model.encoder(images))
+    assert torch.equal(encoder.eval()(images), loaded.encoder(images))
     assert encoder.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
     with torch.no_grad():
         encoder.cls_token += 1
-    assert not torch.equal(encoder.cls_token, loaded.model.encoder.cls_token)
+    assert not torch.equal(encoder.cls_token, loaded.encoder.cls_token)
 
 
-def test_a_random_encoder_depends_on_its_seed_and_leaves_the_global_generator_alone(loaded: LoadedCae) -> None:
+def test_a_random_encoder_depends_on_its_seed_and_leaves_the_global_generator_alone(loaded: Trained) -> None:
     before = torch.get_rng_state()
     first, again, other = (random_encoder(loaded, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -194,8 +201,8 @@ def test_a_random_encoder_depends_on_its_seed_and_leaves_the_global_generator_al
     images = torch.randn(2, 3, 8, 10)
     assert torch.equal(first(images), again(images))
     assert not torch.allclose(first(images), other(images))
-    assert not torch.allclose(first(images), loaded.model.encoder(images))
-    assert first.state_dict().keys() == loaded.model.encoder.state_dict().keys()
+    assert not torch.allclose(first(images), loaded.encoder(images))
+    assert first.state_dict().keys() == loaded.encoder.state_dict().keys()
 
 
 def make_target(kind: str) -> Dvae | PixelTarget:
@@ -225,5 +232,5 @@ def test_a_target_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
 
 def test_a_target_is_no_model(tmp_path: Path) -> None:
     save_target(tmp_path / "target.safetensors", make_target("pixels"))
-    with pytest.raises(UserError, match=r"target\.safetensors: holds 'target' weights; expected 'cae'"):
-        load_cae(tmp_path / "target.safetensors")
+    with pytest.raises(UserError, match=r"target\.safetensors: holds target weights; expected cae"):
+        load_trained(tmp_path / "target.safetensors")

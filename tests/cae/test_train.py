@@ -467,7 +467,7 @@ def test_biases_do_not_decay_in_a_module_without_tokens() -> None:
 
 
 def test_layers_learn_slower_the_deeper_they_lie(make_architecture: MakeArchitecture) -> None:
-    classifier = Classifier(Encoder(make_architecture(depth=3)), 10)
+    classifier = Classifier(Encoder(make_architecture(depth=3, final_norm="pooled")), 16, 10)
     optimizer = adamw(classifier, optimization(weight_decay=0.05), layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
 
@@ -484,7 +484,7 @@ def test_layers_learn_slower_the_deeper_they_lie(make_architecture: MakeArchitec
 
 
 def test_the_schedule_multiplies_the_scale_of_a_layer_in(make_architecture: MakeArchitecture) -> None:
-    classifier = Classifier(Encoder(make_architecture(depth=3)), 10)
+    classifier = Classifier(Encoder(make_architecture(depth=3, final_norm="pooled")), 16, 10)
     config = optimization(epochs=3, warmup_epochs=1, lr=1.0, min_lr=0.1)
     optimizer = adamw(classifier, config, layer_decay=0.5)
     schedule = cosine_schedule(optimizer, config, 4)

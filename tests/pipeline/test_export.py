@@ -11,7 +11,7 @@ import torch
 
 from cae.errors import UserError
 from cae.targets.files import load_target
-from cae.weights import load_cae
+from cae.weights import load_trained
 from pipeline import export
 from pipeline.batches import first_images, unit_range
 from pipeline.workspace import Workspace
@@ -29,14 +29,14 @@ def bundle(finished: Workspace) -> Bundle:
 
 @pytest.fixture(scope="module")
 def images(finished: Workspace) -> np.ndarray:
-    return first_images(finished, "val", 6).numpy()
+    return first_images(finished, "val", finished.preprocessing(), 6).numpy()
 
 
 def test_features_are_those_of_torch(finished: Workspace, bundle: Bundle, images: np.ndarray) -> None:
-    loaded = load_cae(finished.pretrained)
+    loaded = load_trained(finished.pretrained)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in loaded.normalization)
     with torch.inference_mode():
-        tokens = loaded.model.encoder((unit_range(torch.from_numpy(images)) - mean) / std).numpy()
+        tokens = loaded.encoder((unit_range(torch.from_numpy(images)) - mean) / std).numpy()
     features = bundle.embed(images)
     assert np.abs(features["patches"] - tokens[:, 1:]).max() < 1e-4
     assert np.abs(features["class_token"] - tokens[:, 0]).max() < 1e-4
@@ -47,7 +47,9 @@ def test_features_are_those_of_torch(finished: Workspace, bundle: Bundle, images
 
 def test_reconstruction_is_that_of_torch(finished: Workspace, bundle: Bundle, images: np.ndarray) -> None:
     visible, masked = (part[None].repeat(6, axis=0) for part in random_mask(16, 0.5, seed=3))
-    module = export.ReconstructorGraph(load_cae(finished.pretrained), load_target(finished.target)).eval()
+    trained = load_trained(finished.pretrained)
+    assert trained.cae is not None
+    module = export.ReconstructorGraph(trained.cae, trained.normalization, load_target(finished.target)).eval()
     with torch.inference_mode():
         expected, _ = module(*(torch.from_numpy(array) for array in (images, visible, masked)))
     assert np.abs(bundle.reconstruct(images, visible, masked) - expected.numpy()).max() < 1e-4
@@ -136,7 +138,7 @@ def test_a_single_parity_image_leaves_the_batch_free(
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(finished: Workspace, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
-    with pytest.raises(UserError, match="no bundle"):
+    with pytest.raises(UserError, match=r"holds no bundle\.json"):
         export.export(finished, finished.pretrained, tmp_path, {})
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 
@@ -149,7 +151,7 @@ def test_pixel_targets_are_exported_too(
         STAGES[stage](workspace)
     assert "masked_psnr_db" in (workspace.read_metrics("pretrain") or {})
     bundle = Bundle.open(workspace.bundle, "cpu")
-    images = first_images(workspace, "val", 2).numpy()
+    images = first_images(workspace, "val", workspace.preprocessing(), 2).numpy()
     visible, masked = (part[None].repeat(2, axis=0) for part in random_mask(16, 0.5, seed=0))
     result = bundle.reconstruct(images, visible, masked)
     row, column = divmod(int(visible[0, 0]), 4)

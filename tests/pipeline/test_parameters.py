@@ -95,6 +95,7 @@ CHANGES: dict[str, Change] = {
     "finetune.warmup_epochs": Change(0.0, "finetune"),
     "finetune.weight_decay": Change(0.5, "finetune"),
     "finetune.layer_decay": Change(0.3, "finetune"),
+    "finetune.relative_position_bias": Change(True, "finetune"),
     "finetune.drop_path": Change(0.5, "finetune"),
     "finetune.crop_scale": Change((0.1, 0.3), "finetune"),
     "finetune.flip": Change(1.0, "finetune"),
@@ -134,6 +135,7 @@ ELSEWHERE = {
     "runtime.device",
     "runtime.num_workers",
     "prepare.source",
+    "pretrain.start_from",
     "model.name",
     "export.min_token_agreement",
 }

@@ -10,7 +10,7 @@ import torch
 
 from cae.errors import UserError
 from cae.heads import Classifier
-from cae.model import ContextAutoencoder
+from cae.model import ContextAutoencoder, Encoder
 from cae.normalization import Normalization
 from cae.positions import sincos_positions
 from cae.targets.dvae import Dvae
@@ -84,7 +84,8 @@ def test_a_profile_of_the_paper_builds_its_model_tokenizer_and_optimizers(size: 
     with torch.device("meta"):
         model = ContextAutoencoder(architecture, params.pretrain.drop_path)
         dvae = build_tokenizer(params, architecture.channels)
-        classifier = Classifier(ContextAutoencoder(architecture).encoder, num_classes=1000)
+        pooled = architecture.model_copy(update={"final_norm": "pooled"})
+        classifier = Classifier(Encoder(pooled), architecture.width, num_classes=1000)
 
     assert count_m(model.encoder) == pytest.approx(paper.weights_m, rel=0.01)
     assert len(model.encoder.blocks) == paper.depth
@@ -255,7 +256,7 @@ def test_extends_names_a_file_that_is_there_and_ends_somewhere(folder: Path, ext
     ("change", "expected"),
     [
         ("pretrain.epoch=3", "pretrain.epoch: unknown key; did you mean `pretrain.epochs`?"),
-        ("pretrain=3", "pretrain: is a section; expected one of its keys: epochs"),
+        ("pretrain=3", "pretrain: is a section; expected one of its keys: start_from"),
         ("pretrain.epochs.x=3", "pretrain.epochs: is a value without keys of its own, found x"),
         ("pretrain.epochs", "expected key=value"),
         ("pretrain.epochs=", "expected key=value"),

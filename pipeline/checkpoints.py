@@ -1,0 +1,66 @@
+"""Trained weights together with the data they are used on and the target that they predict."""
+
+import logging
+from pathlib import Path
+
+from cae.config import EncoderArchitecture
+from cae.data.shards import file_sha256
+from cae.errors import UserError
+from cae.targets.files import AnyTarget, load_target
+from cae.weights import Trained, find_weights, load_trained
+from pipeline.workspace import Workspace
+from serving.preprocess import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+
+def load_for_data(workspace: Workspace) -> Trained:
+    """The trained weights of the workspace; UserError where they take other images than the prepared ones."""
+    trained = load_trained(workspace.pretrained)
+    check_channels(trained.architecture, workspace, workspace.pretrained)
+    return trained
+
+
+def check_channels(architecture: EncoderArchitecture, workspace: Workspace, path: Path) -> None:
+    """Raise UserError where the encoder of `path` takes another number of channels than the prepared images have."""
+    wanted, found = architecture.channels, workspace.index.channels
+    if wanted != found:
+        raise UserError(
+            f"{path}: takes images of {wanted} channels, the prepared ones have {found}; set prepare.channels: "
+            f"{wanted} and run `dvc repro prepare`"
+        )
+
+
+def preprocessing_of(trained: Trained) -> Preprocessing:
+    """Evaluation preprocessing of the images that the model takes, as the server will do it."""
+    height, width = trained.architecture.size_px
+    return Preprocessing(
+        channels=trained.architecture.channels,
+        height=height,
+        width=width,
+        crop_fraction=trained.eval_crop,
+        resample="bicubic",
+    )
+
+
+def find_target(workspace: Workspace, path: Path, trained: Trained) -> AnyTarget | None:
+    """What the decoder of `path` predicts: `target.safetensors` beside it, or the workspace's own if it is the same.
+
+    None, with the reason in the log, for an encoder alone and where no target can be found.
+    """
+    if trained.cae is None:
+        logger.info("%s: an encoder without a decoder, so there is nothing to reconstruct with", path)
+        return None
+    beside = find_weights(path).with_name(workspace.target.name)
+    if beside.is_file():
+        return load_target(beside)
+    wanted = trained.origin.get("target_sha256")
+    if wanted and workspace.target.is_file() and file_sha256(workspace.target) == wanted:
+        return load_target(workspace.target)
+    logger.warning(
+        "%s: the target that its decoder predicts is neither %s nor %s, so there is nothing to reconstruct with",
+        path,
+        beside,
+        workspace.target,
+    )
+    return None

@@ -1,0 +1,55 @@
+"""Trained weights for other software: as a timm model, or as one folder with everything that cae-pipe reads."""
+
+from pathlib import Path
+
+import timm
+from timm.models import save_for_hf
+
+from cae.targets.files import save_target
+from cae.timm_encoder import TimmEncoder
+from cae.timm_weights import to_timm
+from cae.weights import Trained, load_trained, save_trained
+from pipeline.checkpoints import find_target
+from pipeline.export import check_free
+from pipeline.workspace import Workspace, published
+
+
+def to_timm_folder(weights: Path, out: Path) -> None:
+    """Write the encoder as `timm.create_model("local-dir:OUT", pretrained=True)` reads it, preprocessing included."""
+    check_free(out, "config.json")
+    trained = load_trained(weights)
+    with published(out) as folder:
+        save_for_hf(
+            _timm_model(trained),
+            folder,
+            model_config={"num_classes": 0},
+            safe_serialization=True,
+            data_config={
+                "input_size": (trained.architecture.channels, *trained.architecture.size_px),
+                "mean": tuple(trained.normalization.mean),
+                "std": tuple(trained.normalization.std),
+                "crop_pct": trained.eval_crop,
+                "interpolation": "bicubic",
+            },
+        )
+
+
+def to_safetensors(workspace: Workspace, weights: Path, out: Path) -> None:
+    """Write the weights, and the target of their decoder where it is found, as one folder that can be moved."""
+    check_free(out, "*.safetensors")
+    trained = load_trained(weights)
+    target = find_target(workspace, weights, trained)
+    description = {key: value for key, value in trained.metadata.items() if key != "kind"}
+    with published(out) as folder:
+        save_trained(folder, trained.cae or trained.encoder, description)
+        if target:
+            save_target(folder / workspace.target.name, target)
+
+
+def _timm_model(trained: Trained) -> "timm.models.VisionTransformer":
+    if isinstance(trained.encoder, TimmEncoder):
+        return trained.encoder.model
+    source, state = to_timm(trained.encoder, trained.architecture)
+    model = timm.create_model(source.name, num_classes=0, **source.args)
+    model.load_state_dict(state)
+    return model

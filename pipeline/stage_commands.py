@@ -1,0 +1,154 @@
+"""`cae-pipe prepare` to `cae-pipe report`: the stages of the pipeline, which `dvc repro` runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cae.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipeline.workspace import Workspace
+
+PANEL = "Pipeline stages (dvc repro runs them)"
+
+stages = typer.Typer()
+
+
+class ProbeName(StrEnum):
+    LINEAR = "linear"
+    ATTENTIVE = "attentive"
+    KNN = "knn"
+
+
+class FormatName(StrEnum):
+    ONNX = "onnx"
+    TIMM = "timm"
+    SAFETENSORS = "safetensors"
+
+
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="Other trained weights, a file or its folder; outside the pipeline, with --out."),
+]
+ResultsOption = Annotated[Path | None, typer.Option("--out", help="With --checkpoint: folder for what it gives.")]
+
+
+@stages.command(rich_help_panel=PANEL)
+def prepare() -> None:
+    """Stage 1: images of `prepare.source` to shards."""
+    from pipeline import prepare as stage
+
+    _run("prepare", stage.run)
+
+
+@stages.command(rich_help_panel=PANEL)
+def tokenizer() -> None:
+    """Stage 2: train the image tokenizer."""
+    from pipeline import tokenizer as stage
+
+    _run("tokenizer", stage.run)
+
+
+@stages.command(rich_help_panel=PANEL)
+def pretrain() -> None:
+    """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
+    from pipeline import pretrain as stage
+
+    _run("pretrain", stage.run)
+
+
+@stages.command(rich_help_panel=PANEL)
+def finetune(weights: WeightsOption = None, out: ResultsOption = None) -> None:
+    """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
+    from pipeline import finetune as stage
+
+    _run("finetune", stage.run, weights, out)
+
+
+@stages.command(rich_help_panel=PANEL)
+def probe(
+    name: Annotated[
+        ProbeName, typer.Argument(help="Which probe: a linear layer, one attention layer, or nearest neighbours.")
+    ],
+    weights: WeightsOption = None,
+    out: ResultsOption = None,
+) -> None:
+    """Stage 5: measure the frozen encoder, pretrained and random.
+
+    \b
+    Examples:
+      cae-pipe probe linear
+      cae-pipe probe knn --checkpoint imported/vit-b --out measured/vit-b
+    """
+    from pipeline import probe as stage
+
+    _run(f"probe_{name.value}", lambda workspace: stage.run(workspace, name.value), weights, out)
+
+
+@stages.command(rich_help_panel=PANEL)
+def export(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights, a file or its folder. [default: those of the pipeline]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: models/bundle]")] = None,
+    format: Annotated[
+        FormatName,
+        typer.Option(
+            help="onnx: the bundle that the server reads; timm: the encoder for timm.create_model; safetensors: "
+            "weights and target in one folder, for cae-pipe elsewhere."
+        ),
+    ] = FormatName.ONNX,
+) -> None:
+    """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch.
+
+    With options it exports outside the pipeline and writes no metrics.
+
+    \b
+    Examples:
+      cae-pipe export
+      cae-pipe export --checkpoint imported/vit-b --out /srv/bundle
+      cae-pipe export --checkpoint models/finetune --out vit-timm --format timm
+    """
+    from pipeline import export as stage
+    from pipeline import export_formats as formats
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    weights = checkpoint or workspace.pretrained
+    if format != FormatName.ONNX and out is None:
+        raise UserError(f"--format {format.value}: give the folder to write with --out")
+    if format == FormatName.TIMM and out:
+        formats.to_timm_folder(weights, out)
+    elif format == FormatName.SAFETENSORS and out:
+        formats.to_safetensors(workspace, weights, out)
+    elif checkpoint is None and out is None:
+        _run("export", stage.run)
+    else:
+        stage.export(workspace, weights, out or workspace.bundle, metrics={})
+
+
+@stages.command(rich_help_panel=PANEL)
+def report() -> None:
+    """Stage 7: one page about the last run, report/index.html."""
+    from pipeline import report as stage
+
+    _run("report", stage.run)
+
+
+def _run(stage: str, run: "Callable[[Workspace], None]", weights: Path | None = None, out: Path | None = None) -> None:
+    """A stage in the current folder, alone; with other weights outside the pipeline, and its figures printed."""
+    from pipeline.runs import stage_lock
+    from pipeline.workspace import Workspace
+
+    if (weights is None) != (out is None):
+        raise UserError("--checkpoint and --out go together: other weights, and a folder for what they give")
+    workspace = Workspace.here().measuring(weights, out) if weights and out else Workspace.here()
+    with stage_lock(workspace, stage):
+        run(workspace)
+    if weights:
+        figures = workspace.read_metrics(stage) or {}
+        typer.echo("  ".join(f"{name} {value}" for name, value in figures.items()))
