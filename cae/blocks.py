@@ -80,11 +80,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Float[Tensor, "b n d"]:
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward.
+        if bias is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+            # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward; with a
+            # bias it is no graph that torch 2.15 can export.
             mixed = _weights(query, key, bias) @ value
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, bias)
+            mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -133,8 +133,11 @@ class _Reader:
         """Drop the copy of the encoder, if it is one."""
         copies = [key for key in self.state if key.startswith(ALIGNMENT)]
         originals = {key for key in self.state if key.startswith("encoder.")}
-        if copies and (odd := originals ^ {key.removeprefix("alignment_") for key in copies}):
-            raise UserError(f"{self.path}: encoder and alignment_encoder have different keys: {_some(sorted(odd))}")
+        copied = {key.removeprefix("alignment_") for key in copies}
+        if copies and originals != copied:
+            sides = ("encoder", originals - copied), ("alignment_encoder", copied - originals)
+            odd = "; ".join(f"only in {side}: {_some(sorted(keys))}" for side, keys in sides if keys)
+            raise UserError(f"{self.path}: encoder and alignment_encoder must have the same keys, and have not; {odd}")
         for key in copies:
             original = self.state[key.removeprefix("alignment_")]
             copy = self.drop(key, "the alignment encoder, equal to the encoder")
@@ -255,15 +258,13 @@ def _check_heads(width: int, num_heads: int, option: str) -> None:
 def _complaints(missing: list[str], unknown: list[str], misshapen: list[str]) -> list[str]:
     said = []
     if missing:
-        said.append(f"{len(missing)} of the expected keys are missing: {_some(missing)}")
+        said.append(f"missing keys ({len(missing)}): {_some(missing)}")
     if unknown:
         near = [difflib.get_close_matches(key, missing, n=1) for key in unknown[:MAX_NAMED]]
         hint = next((f" (was {match[0]} renamed?)" for match in near if match), "")
-        said.append(f"{len(unknown)} keys are not known: {_some(unknown)}{hint}")
+        said.append(f"unknown keys ({len(unknown)}): {_some(unknown)}{hint}")
     if misshapen:
-        said.append(
-            f"{len(misshapen)} keys have another shape than the sizes of the others ask for: {_some(misshapen)}"
-        )
+        said.append(f"keys of another shape than the rest asks for ({len(misshapen)}): {_some(misshapen)}")
     return said
 
 

@@ -24,7 +24,11 @@ def save_weights(path: Path, module: nn.Module, metadata: dict[str, Any]) -> Non
     """Write the state dict and `metadata` (plain JSON, with `kind`) under a temporary name, fsync and rename."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     temporary = path.with_suffix(".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     save_file(state, temporary, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    # safetensors makes files that only their owner may read, and another user may have to serve or copy them.
+    temporary.chmod(mode)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -43,7 +43,7 @@ class TimmEncoder(nn.Module):
         """Representations of the class token, where there is one, and of the embedded patches."""
         model = self.model
         # Prefix tokens carry positions of their own in some models, so timm itself puts them before blank patches.
-        blank = embedded.new_zeros(len(embedded), model.patch_embed.num_patches, embedded.shape[-1])
+        blank = embedded.new_zeros(embedded.shape[0], model.patch_embed.num_patches, embedded.shape[-1])
         prefix = model._pos_embed(blank)[:, : model.num_prefix_tokens]
         with _drop_path(model.blocks, use_drop_path):
             tokens = model.norm(model.blocks(model.norm_pre(torch.cat([prefix, embedded], dim=1))))
@@ -91,7 +91,7 @@ def architecture_of(model: Any, source: TimmSource) -> EncoderArchitecture:
             tokens = model.eval().forward_features(torch.zeros(1, channels, *size_px))
         fits = tokens.shape == (1, model.num_prefix_tokens + grid[0] * grid[1], model.num_features)
         covered = (grid[0] * patch_size[0], grid[1] * patch_size[1])
-    except (AttributeError, TypeError, IndexError):
+    except (AttributeError, TypeError, IndexError, RuntimeError):
         fits = False
     if not fits or patch_size[0] != patch_size[1] or covered != tuple(size_px):
         raise UserError(

@@ -22,7 +22,8 @@ def to_timm_folder(weights: Path, out: Path) -> None:
         save_for_hf(
             _timm_model(trained),
             folder,
-            model_config={"num_classes": 0},
+            # Those of timm's own weights would be wrong for these.
+            model_config={"num_classes": 0, "pretrained_cfg": {"tag": "cae_pipe", "license": "unknown"}},
             safe_serialization=True,
             data_config={
                 "input_size": (trained.architecture.channels, *trained.architecture.size_px),
@@ -32,6 +33,8 @@ def to_timm_folder(weights: Path, out: Path) -> None:
                 "interpolation": "bicubic",
             },
         )
+        # As in `cae.storage.save_weights`.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def to_safetensors(workspace: Workspace, weights: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """`cae-pipe import`: weights of other software as trained weights of this one."""
 
+import difflib
 import json
 import logging
 from pathlib import Path
@@ -143,8 +144,10 @@ def _find_timm(model: str, architecture: str | None, image_size: tuple[int, int]
         origin = {"name": architecture, "source": f"timm weights {path.name}", "sha256": file_sha256(path)}
         return TimmModel(source, _without_head(state, path), _data_config(create(source)), origin)
     if not timm.is_model(model):
-        similar = ", ".join(timm.list_models(f"*{model[:6]}*")[:5]) or "timm.list_models('vit*') lists them"
-        raise UserError(f"{model}: neither a file, a folder nor a model of timm {timm.__version__}; near: {similar}")
+        near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0)
+        raise UserError(
+            f"{model}: neither a file, a folder nor a model of timm {timm.__version__}; its nearest: {', '.join(near)}"
+        )
     source = TimmSource(name=model, args=size)
     try:
         built = timm.create_model(model, pretrained=True, num_classes=0, **source.args)
