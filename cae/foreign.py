@@ -70,7 +70,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises UserError as `read_file`, and where there is no state dict.
     """
-    content = read_file(path)
+    return state_in(read_file(path), path)
+
+
+def state_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """As `read_state`, of what `read_file` read at `path`."""
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cae.config import ModelConfig
 from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
 from cae.data.shards import ImageShards, Split
 from cae.masking import MaskSampler
@@ -41,16 +42,45 @@ def train_batches(
     return from_step
 
 
-def evaluation_batches(workspace: Workspace, split: Split, batch_size: int, hardware: Hardware) -> Iterable[Batch]:
-    """Every image of the split once, in order, with evaluation preprocessing."""
-    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(workspace.preprocessing()))
+def evaluation_batches(
+    workspace: Workspace,
+    split: Split,
+    batch_size: int,
+    hardware: Hardware,
+    target_px: tuple[int, int] | None = None,
+) -> Iterable[Batch]:
+    """Every image of the split once, in order, with evaluation preprocessing.
+
+    With `target_px` (height, width) also the same crop at that size, under `target_images`.
+    """
+    transform = Evaluation(workspace.preprocessing())
+    target_transform = evaluation_at(workspace, target_px) if target_px else None
+    dataset = EvalDataset(ImageShards(workspace.prepared, split), transform, target_transform)
     return eval_loader(dataset, batch_size, workspace.params.runtime.num_workers, hardware.device)
 
 
-def first_images(workspace: Workspace, split: Split, count: int) -> Tensor:
-    """The first images of a split after evaluation preprocessing, uint8 [b, c, h, w]."""
+def evaluation_at(workspace: Workspace, size_px: tuple[int, int]) -> Evaluation:
+    """Evaluation preprocessing to another height and width of the same shape."""
+    height, width = size_px
+    return Evaluation(workspace.preprocessing().model_copy(update={"height": height, "width": width}))
+
+
+def second_view_px(model: ModelConfig, patch_px: int) -> tuple[int, int] | None:
+    """Height and width of the view of a target that reads `patch_px` pixels a patch; None where it is the model's."""
+    rows, columns = model.grid
+    size_px = rows * patch_px, columns * patch_px
+    return None if size_px == model.size_px else size_px
+
+
+def view_for_target(batch: Batch) -> Tensor:
+    """The view that the target reads, float32 in 0-1: its own where the batch has one."""
+    return unit_range(batch.get("target_images", batch["images"]))
+
+
+def first_images(workspace: Workspace, split: Split, count: int, size_px: tuple[int, int] | None = None) -> Tensor:
+    """The first images of a split after evaluation preprocessing, uint8 [b, c, h, w], at `size_px` or the model's."""
     shards = ImageShards(workspace.prepared, split)
-    transform = Evaluation(workspace.preprocessing())
+    transform = evaluation_at(workspace, size_px or workspace.params.model.size_px)
     arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
     return torch.from_numpy(np.stack(arrays))
 

@@ -96,7 +96,7 @@ def graphs(loaded: LoadedCae, target: AnyTarget, images: Tensor, seed: int) -> l
     example_visible, example_masked = (
         torch.from_numpy(part)[None].repeat(2, 1) for part in random_mask(rows * columns, 0.5, seed)
     )
-    tokens = target.kind == "dvae"
+    tokens = target.predicts_tokens
     batch = {"images": {0: "batch"}}
     index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
     return [

@@ -18,7 +18,7 @@ from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
 from cae.weights import save_cae
-from pipeline.batches import draw_masks, evaluation_batches, train_batches, unit_range
+from pipeline.batches import draw_masks, evaluation_batches, second_view_px, train_batches, unit_range, view_for_target
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.workspace import Workspace
@@ -59,9 +59,11 @@ class Objective:
     def forward(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
         """The model's output and the targets of the masked patches."""
         images = unit_range(batch["images"])
-        # Targets in float32: under autocast near ties between codes would fall either way.
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            codes = take(self.target.encode(images), batch["masked"])
+        # No autocast: near ties between codes would fall either way.
+        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+            codes = take(self.target.encode(view_for_target(batch)), batch["masked"])
+        # A copy, for what inference mode makes cannot take part in a loss.
+        codes = codes.clone()
         return self.model(self.normalize(images), batch["visible"], batch["masked"]), codes
 
 
@@ -72,6 +74,7 @@ def run(workspace: Workspace) -> None:
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
     target = load_target(workspace.target)
+    target.speed_up()
     architecture = params.architecture(index.channels, target.num_outputs)
     normalization = Normalization(index.mean, index.std)
     model = ContextAutoencoder(architecture, config.drop_path, config.alignment_drop_path)
@@ -79,6 +82,7 @@ def run(workspace: Workspace) -> None:
     warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
     masks = mask_sampler(params)
+    view_px = second_view_px(params.model, target.patch_px)
     optimizer = adamw(model, config)
     total_steps = config.epochs * per_epoch
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
@@ -92,7 +96,7 @@ def run(workspace: Workspace) -> None:
             total_steps=total_steps,
             batches=train_batches(
                 workspace,
-                PretrainTransform(CropFlip(params.model.size_px, config), masks),
+                PretrainTransform(CropFlip(params.model.size_px, config), masks, view_px),
                 batch_size=config.batch_size,
                 total_steps=total_steps,
                 hardware=hardware,
@@ -134,10 +138,12 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
     """Losses and scores on the validation images, each with a mask of its own that is the same in every run."""
     totals: dict[str, float] = {}
     num_images = 0
-    for batch in evaluation_batches(workspace, "val", workspace.params.pretrain.batch_size, hardware):
+    params = workspace.params
+    view_px = second_view_px(params.model, objective.target.patch_px)
+    for batch in evaluation_batches(workspace, "val", params.pretrain.batch_size, hardware, view_px):
         size = len(batch["images"])
         positions = range(num_images, num_images + size)
-        batch["visible"], batch["masked"] = draw_masks(masks, workspace.params.seed, positions)
+        batch["visible"], batch["masked"] = draw_masks(masks, params.seed, positions)
         batch = {key: value.to(hardware.device) for key, value in batch.items()}
         output, codes = objective.forward(batch)
         values: dict[str, Any] = {
