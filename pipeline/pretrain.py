@@ -82,7 +82,6 @@ def run(workspace: Workspace) -> None:
     warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
     masks = mask_sampler(params)
-    view_px = second_view_px(params.model, target.patch_px)
     optimizer = adamw(model, config)
     total_steps = config.epochs * per_epoch
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
@@ -96,7 +95,7 @@ def run(workspace: Workspace) -> None:
             total_steps=total_steps,
             batches=train_batches(
                 workspace,
-                PretrainTransform(CropFlip(params.model.size_px, config), masks, view_px),
+                training_transform(params, target),
                 batch_size=config.batch_size,
                 total_steps=total_steps,
                 hardware=hardware,
@@ -114,6 +113,12 @@ def run(workspace: Workspace) -> None:
         origin = {"source": index.source, "data_hash": index.hash, "params": folder.stamp["params"]}
         save_cae(published / workspace.pretrained.name, model, architecture, normalization, origin)
     workspace.write_metrics("pretrain", quality, efficiency)
+
+
+def training_transform(params: Params, target: AnyTarget) -> PretrainTransform:
+    """Crop, flip and mask; the target's own view where it reads another size than the model."""
+    view_px = second_view_px(params.model, target.patch_px)
+    return PretrainTransform(CropFlip(params.model.size_px, params.pretrain), mask_sampler(params), view_px)
 
 
 def collapse_alarm(from_step: int) -> Alarm:

@@ -135,6 +135,9 @@ ELSEWHERE = {
     "runtime.num_workers",
     "prepare.source",
     "model.name",
+    # tests/pipeline/test_dalle.py
+    "tokenizer.dalle_encoder",
+    "tokenizer.dalle_decoder",
     "export.min_token_agreement",
 }
 
