@@ -130,7 +130,7 @@ def agreements(tried: list[Trial]) -> dict[str, float]:
 def tell(tried: list[Trial], chosen: Trial) -> None:
     """Log the measurement as a table."""
     lines = [
-        f"  {trial.dtype:<9} {'channels last' if trial.channels_last else 'channels first'} "
+        f"  {trial.dtype:<9} {'channels last' if trial.channels_last else 'channels first':<14} "
         f"{trial.images_per_s:>9.1f} images/s, tokens as float32 on {trial.agreement:.3%}"
         f"{'  (chosen)' if trial is chosen else ''}"
         for trial in tried
