@@ -28,6 +28,10 @@ ENCODER_SIZES = {
 }
 
 
+# One token of the DALL-E tokenizer stands for so many pixels, on either side, of the view that it reads.
+DALLE_PATCH_PX = 8
+
+
 class Section(BaseModel):
     """A part of params.yaml. Unknown keys are refused; values are not changed after loading."""
 
@@ -191,8 +195,10 @@ class CropConfig(Section):
 
 
 class TokenizerConfig(OptimizationConfig, CropConfig):
-    kind: Literal["dvae", "pixels"]
+    kind: Literal["dvae", "pixels", "dalle"]
     normalize_pixels: bool
+    dalle_encoder: str
+    dalle_decoder: str
     vocab_size: Annotated[int, Field(ge=2)]
     code_width: Count
     hidden_width: Count
@@ -345,6 +351,13 @@ class Params(Section):
         check_heads(
             self.predictor_width, self.predictor_num_heads, "pretrain.predictor_num_heads", "pretrain.predictor_width"
         )
+        patch_size = self.model.patch_size
+        if self.tokenizer.kind == "dalle" and patch_size % DALLE_PATCH_PX:
+            nearest = max(1, round(patch_size / DALLE_PATCH_PX)) * DALLE_PATCH_PX
+            raise ValueError(
+                f"model.patch_size: {patch_size} does not fit tokenizer.kind dalle, which has one token for "
+                f"{DALLE_PATCH_PX} px: expected a multiple of {DALLE_PATCH_PX}, the nearest is {nearest}"
+            )
         return self
 
 

@@ -59,6 +59,11 @@ def read_file(path: Path, shells: Sequence[tuple[Any, str]] = ()) -> Any:
                 f"{path}: carries code or objects beside tensors ({found[1]}), and such a file is not opened. "
                 "Ask its author for the state dict alone, best as safetensors"
             ) from None
+        if "persistent_load of storage" in str(error):
+            raise UserError(
+                f"{path}: a whole module in the format of PyTorch before 1.6, which only its own code can read; save "
+                "its state dict with that code (torch.save(module.state_dict(), ...)) and give that file"
+            ) from None
         raise UserError(f"{path}: a pickle, but none that torch.save wrote; expected a checkpoint") from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError):
         # Messages of torch about bytes that are no checkpoint say nothing to the reader.
@@ -70,7 +75,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises UserError as `read_file`, and where there is no state dict.
     """
-    content = read_file(path)
+    return state_in(read_file(path), path)
+
+
+def state_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """As `read_state`, of what `read_file` read at `path`."""
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cae.config import ModelConfig
 from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
 from cae.data.shards import ImageShards, Split
 from cae.masking import MaskSampler
@@ -42,11 +43,38 @@ def train_batches(
 
 
 def evaluation_batches(
-    workspace: Workspace, split: Split, preprocessing: Preprocessing, batch_size: int, hardware: Hardware
+    workspace: Workspace,
+    split: Split,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    hardware: Hardware,
+    target_px: tuple[int, int] | None = None,
 ) -> Iterable[Batch]:
-    """Every image of the split once, in order, with evaluation preprocessing."""
-    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(preprocessing))
+    """Every image of the split once, in order, with evaluation preprocessing.
+
+    With `target_px` (height, width) also the same crop at that size, under `target_images`.
+    """
+    target_transform = Evaluation(resized(preprocessing, target_px)) if target_px else None
+    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(preprocessing), target_transform)
     return eval_loader(dataset, batch_size, workspace.params.runtime.num_workers, hardware.device)
+
+
+def resized(preprocessing: Preprocessing, size_px: tuple[int, int]) -> Preprocessing:
+    """The same crop at another height and width of the same shape."""
+    height, width = size_px
+    return preprocessing.model_copy(update={"height": height, "width": width})
+
+
+def second_view_px(model: ModelConfig, patch_px: int) -> tuple[int, int] | None:
+    """Height and width of the view of a target that reads `patch_px` pixels a patch; None where it is the model's."""
+    rows, columns = model.grid
+    size_px = rows * patch_px, columns * patch_px
+    return None if size_px == model.size_px else size_px
+
+
+def view_for_target(batch: Batch) -> Tensor:
+    """The view that the target reads, float32 in 0-1: its own where the batch has one."""
+    return unit_range(batch.get("target_images", batch["images"]))
 
 
 def first_images(workspace: Workspace, split: Split, preprocessing: Preprocessing, count: int) -> Tensor:

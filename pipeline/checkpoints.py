@@ -44,6 +44,12 @@ def preprocessing_of(trained: Trained) -> Preprocessing:
 
 
 def find_target(workspace: Workspace, path: Path, trained: Trained) -> AnyTarget | None:
+    """What the decoder of `path` predicts, as `find_target_file`."""
+    file = find_target_file(workspace, path, trained)
+    return load_target(file) if file else None
+
+
+def find_target_file(workspace: Workspace, path: Path, trained: Trained) -> Path | None:
     """What the decoder of `path` predicts: `target.safetensors` beside it, or the workspace's own if it is the same.
 
     None, with the reason in the log, for an encoder alone and where no target can be found.
@@ -53,10 +59,10 @@ def find_target(workspace: Workspace, path: Path, trained: Trained) -> AnyTarget
         return None
     beside = find_weights(path).with_name(workspace.target.name)
     if beside.is_file():
-        return load_target(beside)
+        return beside
     wanted = trained.origin.get("target_sha256")
     if wanted and workspace.target.is_file() and file_sha256(workspace.target) == wanted:
-        return load_target(workspace.target)
+        return workspace.target
     logger.warning(
         "%s: the target that its decoder predicts is neither %s nor %s, so there is nothing to reconstruct with",
         path,

@@ -119,7 +119,7 @@ def graphs(trained: Trained, target: AnyTarget | None, images: Tensor, seed: int
     example_visible, example_masked = (
         torch.from_numpy(part)[None].repeat(2, 1) for part in random_mask(num_patches, 0.5, seed)
     )
-    tokens = target.kind == "dvae"
+    tokens = target.predicts_tokens
     index = {"visible": {0: "batch", 1: "num_visible"}, "masked": {0: "batch", 1: "num_masked"}}
     return [
         embedding,

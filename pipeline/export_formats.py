@@ -1,15 +1,15 @@
 """Trained weights for other software: as a timm model, or as one folder with everything that cae-pipe reads."""
 
+import shutil
 from pathlib import Path
 
 import timm
 from timm.models import save_for_hf
 
-from cae.targets.files import save_target
 from cae.timm_encoder import TimmEncoder
 from cae.timm_weights import to_timm
 from cae.weights import Trained, load_trained, save_trained
-from pipeline.checkpoints import find_target
+from pipeline.checkpoints import find_target_file
 from pipeline.export import check_free
 from pipeline.workspace import Workspace, published
 
@@ -41,12 +41,12 @@ def to_safetensors(workspace: Workspace, weights: Path, out: Path) -> None:
     """Write the weights, and the target of their decoder where it is found, as one folder that can be moved."""
     check_free(out, "*.safetensors")
     trained = load_trained(weights)
-    target = find_target(workspace, weights, trained)
+    target = find_target_file(workspace, weights, trained)
     description = {key: value for key, value in trained.metadata.items() if key != "kind"}
     with published(out) as folder:
         save_trained(folder, trained.cae or trained.encoder, description)
         if target:
-            save_target(folder / workspace.target.name, target)
+            shutil.copy(target, folder / workspace.target.name)
 
 
 def _timm_model(trained: Trained) -> "timm.models.VisionTransformer":

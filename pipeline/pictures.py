@@ -96,7 +96,7 @@ class Studio:
     @torch.inference_mode()
     def tokenized(self, images: Tensor) -> Tensor:
         """Every image by way of its targets and back: the best that a completion can be."""
-        return self.target.decode(self.target.encode(unit_range(images))).clamp(0, 1)
+        return self.target.decode(self.target.encode(self.target.view(unit_range(images)))).clamp(0, 1)
 
     @torch.inference_mode()
     def completions(self, images: Tensor) -> list[Completion]:

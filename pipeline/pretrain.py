@@ -20,7 +20,7 @@ from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
 from cae.weights import describe, load_trained, save_trained
-from pipeline.batches import draw_masks, evaluation_batches, train_batches, unit_range
+from pipeline.batches import draw_masks, evaluation_batches, second_view_px, train_batches, unit_range, view_for_target
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.start_from import fitting, load_parts
@@ -62,9 +62,11 @@ class Objective:
     def forward(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
         """The model's output and the targets of the masked patches."""
         images = unit_range(batch["images"])
-        # Targets in float32: under autocast near ties between codes would fall either way.
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            codes = take(self.target.encode(images), batch["masked"])
+        # No autocast: near ties between codes would fall either way.
+        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+            codes = take(self.target.encode(view_for_target(batch)), batch["masked"])
+        # A copy, for what inference mode makes cannot take part in a loss.
+        codes = codes.clone()
         return self.model(self.normalize(images), batch["visible"], batch["masked"]), codes
 
 
@@ -75,6 +77,7 @@ def run(workspace: Workspace) -> None:
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
     target = load_target(workspace.target)
+    target.speed_up()
     architecture = params.architecture(index.channels, target.num_outputs)
     normalization = Normalization(index.mean, index.std)
     start = None
@@ -103,7 +106,7 @@ def run(workspace: Workspace) -> None:
             total_steps=total_steps,
             batches=train_batches(
                 workspace,
-                PretrainTransform(CropFlip(params.model.size_px, config), masks),
+                training_transform(params, target),
                 batch_size=config.batch_size,
                 total_steps=total_steps,
                 hardware=hardware,
@@ -131,6 +134,12 @@ def run(workspace: Workspace) -> None:
     workspace.write_metrics("pretrain", quality, efficiency)
 
 
+def training_transform(params: Params, target: AnyTarget) -> PretrainTransform:
+    """Crop, flip and mask; the target's own view where it reads another size than the model."""
+    view_px = second_view_px(params.model, target.patch_px)
+    return PretrainTransform(CropFlip(params.model.size_px, params.pretrain), mask_sampler(params), view_px)
+
+
 def collapse_alarm(from_step: int) -> Alarm:
     """Sounds when the encoder gives all patches of an image the same representation."""
     return Alarm(
@@ -153,11 +162,13 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
     """Losses and scores on the validation images, each with a mask of its own that is the same in every run."""
     totals: dict[str, float] = {}
     num_images = 0
-    batch_size = workspace.params.pretrain.batch_size
-    for batch in evaluation_batches(workspace, "val", workspace.preprocessing(), batch_size, hardware):
+    params = workspace.params
+    view_px = second_view_px(params.model, objective.target.patch_px)
+    given = workspace.preprocessing(), params.pretrain.batch_size, hardware, view_px
+    for batch in evaluation_batches(workspace, "val", *given):
         size = len(batch["images"])
         positions = range(num_images, num_images + size)
-        batch["visible"], batch["masked"] = draw_masks(masks, workspace.params.seed, positions)
+        batch["visible"], batch["masked"] = draw_masks(masks, params.seed, positions)
         batch = {key: value.to(hardware.device) for key, value in batch.items()}
         output, codes = objective.forward(batch)
         values: dict[str, Any] = {

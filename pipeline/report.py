@@ -72,7 +72,7 @@ def render(workspace: Workspace, parts: list[Section], drawings: Path) -> str:
         title=f"Context Autoencoder on {index.source}",
         summary=_summary(workspace),
         alarms=_alarms(workspace),
-        tokens=workspace.params.tokenizer.kind == "dvae",
+        tokens=workspace.params.tokenizer.kind != "pixels",
         labelled=bool(index.classes),
         cached=workspace.params.probe.cache_features,
         cards=_cards(workspace),
@@ -136,7 +136,7 @@ def _cards(workspace: Workspace) -> list[dict[str, str]]:
         cards.append(
             {
                 "value": f"{tokenizer['usage']:.0%}",
-                "what": f"of {workspace.params.tokenizer.vocab_size} tokenizer codes in use",
+                "what": f"of {tokenizer['num_codes']} tokenizer codes in use",
                 "beside": beside,
             }
         )

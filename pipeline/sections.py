@@ -118,8 +118,8 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
                 panels.append((title, steps, values))
     figures.curves(drawings / "curves.png", panels)
     pretrain = metrics_of(workspace, "pretrain")
-    vocab = workspace.params.tokenizer.vocab_size
     if "token_accuracy" in pretrain:
+        vocab = metrics_of(workspace, "tokenizer")["num_codes"]
         reached = (
             f"It starts near {math.log(vocab):.1f}, the value of guessing. At the end the model names exactly the "
             f"right code for {pretrain['token_accuracy']:.1%} of the masked patches of validation images; guessing "
@@ -143,7 +143,7 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
 
 
 def _tokenizer(studio: Studio, sample: Sample, drawings: Path) -> Section | None:
-    if studio.target.kind == "pixels":
+    if not studio.target.predicts_tokens:
         return None
     values = metrics_of(studio.workspace, "tokenizer")
     rows = [
@@ -189,7 +189,7 @@ def _without_regressor(studio: Studio, sample: Sample, drawings: Path) -> Sectio
         ("encoder →\ndecoder", figures.columns_of(studio.without_regressor(sample.images))),
     ]
     figures.sheet(drawings / "without_regressor.png", rows)
-    bound = f", and the codes allow about {best:.1f} dB" if studio.target.kind != "pixels" else ""
+    bound = f", and the codes allow about {best:.1f} dB" if studio.target.predicts_tokens else ""
     return Section(
         id="without-regressor",
         short="Decoder test",

@@ -1,7 +1,9 @@
-"""Stage `tokenizer`: a discrete VAE on the prepared images, without labels; or the description of a pixel target."""
+"""Stage `tokenizer`: a discrete VAE on the prepared images, without labels; or the tokenizer of DALL-E, read from its
+files; or the description of a pixel target."""
 
 import itertools
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +11,29 @@ from torch import Tensor
 
 from cae.config import Params, TokenizerConfig
 from cae.data.loader import Batch, steps_per_epoch
+from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import Diverged
 from cae.normalization import Normalization
-from cae.targets.dvae import Dvae, DvaeArchitecture, perplexity
+from cae.targets.dalle import DalleTarget
+from cae.targets.dvae import Dvae, DvaeArchitecture
 from cae.targets.files import AnyTarget, save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
+from cae.targets.tokens import perplexity
 from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
-from pipeline.batches import evaluation_batches, first_images, train_batches, unit_range
+from pipeline import dalle
+from pipeline.batches import (
+    evaluation_batches,
+    first_images,
+    second_view_px,
+    train_batches,
+    unit_range,
+    view_for_target,
+)
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.workspace import Workspace, published
@@ -36,21 +49,45 @@ USAGE_IMAGES, USAGE_BATCH = 1024, 64
 def run(workspace: Workspace) -> None:
     """Write `models/tokenizer`; raise Diverged when the codebook's perplexity stays below the stated floor."""
     index, model, config = workspace.index, workspace.params.model, workspace.params.tokenizer
+    origin: dict[str, str] = {}
+    target: AnyTarget
     if config.kind == "dvae":
         target, quality, efficiency = _train_dvae(workspace, config)
+    elif config.kind == "dalle":
+        target, quality, efficiency, origin = _adopt_dalle(workspace)
     else:
         architecture = PixelArchitecture(
             channels=index.channels, patch_size=model.patch_size, grid=model.grid, per_patch=config.normalize_pixels
         )
         target, efficiency = PixelTarget(architecture, index.mean, index.std), {}
         quality = {"skipped": "tokenizer.kind is pixels, so there is nothing to train"}
-        workspace.curves("tokenizer").mkdir(parents=True, exist_ok=True)
+    workspace.curves("tokenizer").mkdir(parents=True, exist_ok=True)
     with published(workspace.target.parent) as folder:
-        save_target(folder / workspace.target.name, target)
+        save_target(folder / workspace.target.name, target, origin)
     workspace.write_metrics("tokenizer", quality, efficiency)
 
 
-def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarget, dict[str, float | str], Row]:
+def _adopt_dalle(workspace: Workspace) -> tuple[DalleTarget, dict[str, float | str], Row, dict[str, str]]:
+    started = time.perf_counter()
+    encoder, decoder = dalle.files(workspace)
+    hardware = Hardware.choose(workspace.params.runtime)
+    set_reproducible(workspace.params.seed)
+    target = dalle.read(workspace, encoder, decoder).to(hardware.device)
+    quality = evaluate(workspace, target, hardware)
+    trials = dalle.trials(workspace, target)
+    chosen = dalle.choose(trials)
+    dalle.tell(trials, chosen)
+    target.architecture = target.architecture.model_copy(update=chosen.precision())
+    efficiency = {
+        "wall_s": time.perf_counter() - started,
+        "images_per_s": chosen.images_per_s,
+        **dalle.images_per_s(trials),
+    }
+    origin = {"encoder_sha256": file_sha256(encoder), "decoder_sha256": file_sha256(decoder)}
+    return target, {**quality, **dalle.agreements(trials)}, efficiency, origin
+
+
+def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, dict[str, float | str], Row]:
     params, index = workspace.params, workspace.index
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
@@ -92,13 +129,13 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[AnyTarge
             alarms=(collapse_alarm(config, round(RESTART_UNTIL * total_steps)),),
         ).run(folder)
     quality = evaluate(workspace, dvae.eval(), hardware)
-    if quality["perplexity"] < config.min_perplexity:
+    if float(quality["perplexity"]) < config.min_perplexity:
         raise Diverged(
             f"tokenizer: perplexity {quality['perplexity']:.1f} is below tokenizer.min_perplexity "
             f"{config.min_perplexity} (usage {quality['usage']:.0%} of {config.vocab_size} codes): the codebook has "
             "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"
         )
-    return dvae, {**quality}, efficiency
+    return dvae, quality, efficiency
 
 
 def build(params: Params, normalization: Normalization) -> Dvae:
@@ -146,18 +183,21 @@ def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
 
 
 @torch.inference_mode()
-def evaluate(workspace: Workspace, dvae: Dvae, hardware: Hardware) -> dict[str, float]:
+def evaluate(workspace: Workspace, target: Dvae | DalleTarget, hardware: Hardware) -> dict[str, float | str]:
     """Hard-code reconstruction PSNR, share of the codes in use and perplexity, on the validation images."""
-    counts = torch.zeros(dvae.num_outputs, dtype=torch.int64)
+    params = workspace.params
+    counts = torch.zeros(target.num_outputs, dtype=torch.int64)
     squared, num_values = 0.0, 0
-    batch_size = workspace.params.tokenizer.batch_size
-    for batch in evaluation_batches(workspace, "val", workspace.preprocessing(), batch_size, hardware):
+    view_px = second_view_px(params.model, target.patch_px)
+    given = workspace.preprocessing(), params.tokenizer.batch_size, hardware, view_px
+    for batch in evaluation_batches(workspace, "val", *given):
         images = unit_range(batch["images"].to(hardware.device))
-        tokens = dvae.encode(images)
-        counts += dvae.count_codes(tokens).cpu()
-        squared += float(F.mse_loss(dvae.decode(tokens).clamp(0, 1), images, reduction="sum"))
+        tokens = target.encode(view_for_target(batch).to(hardware.device))
+        counts += target.count_codes(tokens).cpu()
+        squared += float(F.mse_loss(target.decode(tokens).clamp(0, 1), images, reduction="sum"))
         num_values += images.numel()
     return {
+        "num_codes": target.num_outputs,
         "usage": float((counts > 0).double().mean()),
         "perplexity": float(perplexity(counts)),
         "psnr_db": -10 * math.log10(max(squared / num_values, 1e-10)),

@@ -63,16 +63,23 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
 
 class EvalDataset(Dataset[dict[str, Any]]):
-    """Every image once, in order, with evaluation preprocessing."""
+    """Every image once, in order, with evaluation preprocessing; `target_transform` gives the target's own view."""
 
-    def __init__(self, shards: ImageShards, transform: EvalTransform) -> None:
-        self.shards, self.transform = shards, transform
+    def __init__(
+        self, shards: ImageShards, transform: EvalTransform, target_transform: EvalTransform | None = None
+    ) -> None:
+        self.shards = shards
+        self.transforms = {"images": transform}
+        if target_transform:
+            self.transforms["target_images"] = target_transform
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return {"images": self.transform(self.shards.image(position)), "labels": self.shards.label(position)}
+        image = self.shards.image(position)
+        views = {name: transform(image) for name, transform in self.transforms.items()}
+        return {**views, "labels": self.shards.label(position)}
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:

@@ -58,25 +58,42 @@ class CropFlip:
     config: CropConfig
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return self.views(image, rng, [self.size_px])[0]
+
+    def views(self, image: Image.Image, rng: np.random.Generator, sizes_px: list[tuple[int, int]]) -> list[Image.Image]:
+        """The same crop and flip once for each size (height, width), each from the original."""
         height, width = self.size_px
         box = random_crop_box(rng, image.size, self.config.crop_scale, width / height)
-        if box != (0, 0, width, height) or image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        views = [_resized(image, box, size_px) for size_px in sizes_px]
         if rng.random() < self.config.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            views = [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in views]
+        return views
+
+
+def _resized(image: Image.Image, box: tuple[int, int, int, int], size_px: tuple[int, int]) -> Image.Image:
+    height, width = size_px
+    if box == (0, 0, width, height) and image.size == (width, height):
         return image
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """One view and one mask of an image."""
+    """One crop and one mask of an image; a second view of the crop where the target reads another size than the model.
+
+    `target_px` (height, width) is that size, None where model and target read the same view.
+    """
 
     crop: CropFlip
     masks: MaskSampler
+    target_px: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
         visible, masked = self.masks(rng)
-        return {"images": to_array(self.crop(image, rng)), "visible": visible, "masked": masked}
+        sizes_px = {"images": self.crop.size_px} | ({"target_images": self.target_px} if self.target_px else {})
+        views = self.crop.views(image, rng, list(sizes_px.values()))
+        arrays = {name: to_array(view) for name, view in zip(sizes_px, views, strict=True)}
+        return {**arrays, "visible": visible, "masked": masked}
 
 
 @dataclass(frozen=True)

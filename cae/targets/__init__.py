@@ -15,9 +15,19 @@ class Target(Protocol):
 
     kind: str  # as in tokenizer.kind
     num_outputs: int
+    predicts_tokens: bool  # whether an argmax of the decoder's output gives tokens
+    patch_px: int  # side of a patch in the view that `encode` reads; the model's patches may be larger
 
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
-        """Targets of all patches, row-major; no gradient."""
+    def view(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c vh vw"]:
+        """The view that `encode` reads, made from the model's images, for where the original is not at hand."""
+        ...
+
+    def speed_up(self) -> None:
+        """From now on `encode` runs as fast as it was found that it may; before, it runs in float32."""
+        ...
+
+    def encode(self, view: Float[Tensor, "b c vh vw"]) -> Codes:
+        """Targets of all patches, row-major; no gradient. The view has `patch_px` pixels for a patch."""
         ...
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
@@ -33,7 +43,7 @@ class Target(Protocol):
         ...
 
     def decode(self, codes: Codes) -> Float[Tensor, "b c h w"]:
-        """Images in 0-1 from the targets of all patches."""
+        """Images of the model's size, in 0-1, from the targets of all patches."""
         ...
 
 
@@ -87,7 +97,7 @@ def reconstruct(
     A tokenizer looks beyond the patch it encodes, so hidden pixels are blanked before the visible patches are encoded:
     the result depends on nothing that the mask hides.
     """
-    codes = target.encode(hide(images, visible, fill, patch_size))
+    codes = target.encode(target.view(hide(images, visible, fill, patch_size)))
     return target.decode(put(codes, masked, target.codes_from(prediction))).clamp(0, 1)
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cae.config import Section
-from cae.targets import Codes, channel_buffer
+from cae.targets import channel_buffer
+from cae.targets.tokens import TokenTarget, perplexity
 
 
 class DvaeArchitecture(Section):
@@ -35,7 +36,7 @@ class DvaeLoss(NamedTuple):
     perplexity: Float[Tensor, ""]  # of the batch's hard codes
 
 
-class Dvae(nn.Module):
+class Dvae(TokenTarget):
     """Tokenizer and its decoder; also the `Target` that predicts its tokens. Images are float32 in 0-1."""
 
     kind = "dvae"
@@ -46,6 +47,7 @@ class Dvae(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.num_outputs = architecture.vocab_size
+        self.patch_px = architecture.patch_size
         hidden, channels = architecture.hidden_width, architecture.channels
         factors = prime_factors(architecture.patch_size)
         blocks = [ResidualBlock(hidden) for _ in range(architecture.num_res_blocks)]
@@ -88,25 +90,16 @@ class Dvae(nn.Module):
             reconstruction, math.log(self.num_outputs) - entropy, perplexity(self.count_codes(logits.argmax(dim=1)))
         )
 
+    def view(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return images
+
+    def speed_up(self) -> None:
+        """Nothing to do: it is small, and its tokens are float32."""
+
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """Hard tokens: the most likely code of every patch."""
         return self.logits(images).argmax(dim=1).flatten(1)
-
-    def count_codes(self, tokens: Int[Tensor, "..."]) -> Int[Tensor, " k"]:
-        """How many patches have each code."""
-        # Not bincount, which has to wait for the device.
-        counts = torch.zeros(self.num_outputs, dtype=torch.int64, device=tokens.device)
-        return counts.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten()))
-
-    def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
-        return F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten())
-
-    def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
-        return {"token_accuracy": (prediction.argmax(-1) == codes).float().mean()}
-
-    def codes_from(self, prediction: Float[Tensor, "b m k"]) -> Int[Tensor, "b m"]:
-        return prediction.argmax(dim=-1)
 
     def decode(self, codes: Int[Tensor, "b n"]) -> Float[Tensor, "b c h w"]:
         embedded = self.codebook[codes].transpose(1, 2).unflatten(2, self.architecture.grid)
@@ -131,12 +124,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         return x + self.mix(self.spatial(x.relu()).relu())
-
-
-def perplexity(counts: Int[Tensor, " k"]) -> Float[Tensor, ""]:
-    """exp of the entropy of a code's distribution: how many codes would be in use if all were used alike."""
-    share = counts.double() / counts.sum()
-    return (-(share * share.clamp_min(1e-12).log()).sum()).exp()
 
 
 def prime_factors(number: int) -> list[int]:

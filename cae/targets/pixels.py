@@ -27,6 +27,7 @@ class PixelTarget(nn.Module):
     """
 
     kind = "pixels"
+    predicts_tokens = False
     mean: Tensor
     std: Tensor
 
@@ -34,8 +35,15 @@ class PixelTarget(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.num_outputs = architecture.patch_size**2 * architecture.channels
+        self.patch_px = architecture.patch_size
         self.register_buffer("mean", channel_buffer(mean))
         self.register_buffer("std", channel_buffer(std))
+
+    def view(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return images
+
+    def speed_up(self) -> None:
+        """Nothing to do."""
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
         return patchify(images, self.architecture.patch_size)

@@ -84,7 +84,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_known_ones(
         ("pretrain__flip", 1.5, "pretrain.flip: input should be less than or equal to 1, found 1.5"),
         ("finetune__drop_path", 1.0, "finetune.drop_path: input should be less than 1, found 1.0"),
         ("export__opset", 17, "export.opset: input should be greater than or equal to 18, found 17"),
-        ("tokenizer__kind", "dall", "tokenizer.kind: input should be 'dvae' or 'pixels', found 'dall'"),
+        ("tokenizer__kind", "dall", "tokenizer.kind: input should be 'dvae', 'pixels' or 'dalle', found 'dall'"),
         ("pretrain__mask__kind", "blok", "pretrain.mask.kind: input should be 'block' or 'random', found 'blok'"),
         ("prepare__channels", 2, "prepare.channels: input should be 'auto', 1 or 3, found 2"),
         ("pretrain__mask", 3, "pretrain.mask: input should be a valid dictionary"),
@@ -125,6 +125,14 @@ def test_a_wrong_value_is_named_with_its_key_and_what_was_expected(
         ({"probe__linear__lr": 0.1, "probe__linear__min_lr": 0.2}, "probe.linear.min_lr: 0.2 is above lr 0.1"),
         ({"finetune__crop_scale": [1.0, 0.5]}, r"finetune.crop_scale: \[1.0, 0.5\] must be \[smallest, largest\]"),
         ({"tokenizer__vocab_size": 16, "tokenizer__min_perplexity": 17}, "tokenizer.min_perplexity: 17.0 .* of 16"),
+        (
+            {"tokenizer__kind": "dalle", "model__patch_size": 7},
+            "model.patch_size: 7 does not fit tokenizer.kind dalle.* multiple of 8, the nearest is 8",
+        ),
+        (
+            {"tokenizer__kind": "dalle", "model__image_size": 60, "model__patch_size": 20},
+            "model.patch_size: 20 does not fit tokenizer.kind dalle.* the nearest is 16",
+        ),
         ({"tokenizer__temperature_end": 2.0}, "tokenizer.temperature_end: 2.0 is above temperature_start 1.0"),
     ],
 )

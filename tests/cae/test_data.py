@@ -210,6 +210,24 @@ CROP = CropConfig(crop_scale=(0.3, 1.0), flip=0.5)
 PRETRAIN = PretrainTransform(CropFlip((8, 8), CROP), MaskSampler((4, 4), 8, "block", 0.1))
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_the_target_s_view_is_the_same_crop_and_flip_of_the_original(flip: float) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    config = CropConfig(crop_scale=(0.2, 0.5), flip=flip)
+    one, two = (PretrainTransform(CropFlip((16, 24), config), PRETRAIN.masks, target_px=px) for px in (None, (8, 12)))
+    for seed in range(5):
+        alone, both = (transform(image, np.random.default_rng(seed)) for transform in (one, two))
+        assert alone.keys() == both.keys() - {"target_images"}
+        assert all(np.array_equal(alone[key], both[key]) for key in alone), "a second view changes nothing else"
+        rng = np.random.default_rng(seed)
+        two.masks(rng)
+        box = random_crop_box(rng, image.size, config.crop_scale, 24 / 16)
+        expected = image.resize((12, 8), Image.Resampling.BICUBIC, box=box)
+        if flip:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert np.array_equal(both["target_images"], to_array(expected))
+
+
 def all_batches(prepared: Path, seed: int = 0, num_workers: int = 0) -> list[dict[str, torch.Tensor]]:
     dataset = TrainDataset(ImageShards(prepared, "train"), PRETRAIN, seed)
     return list(train_loader(dataset, EpochBatches(NUM_IMAGES, 8, seed, 0, 4), num_workers, CPU))
@@ -265,6 +283,17 @@ def test_evaluation_takes_every_image_once_in_order(prepared: Path) -> None:
     for position in range(NUM_IMAGES):
         assert np.array_equal(images[position].permute(1, 2, 0).numpy(), pixels_of(position))
     assert torch.cat([batch["labels"] for batch in batches]).tolist() == [shards.label(i) for i in range(NUM_IMAGES)]
+
+
+def test_evaluation_gives_the_target_its_own_view_where_it_wants_one(prepared: Path) -> None:
+    def halved(image: Image.Image) -> np.ndarray:
+        return to_array(image.resize((8, 6)))
+
+    shards = ImageShards(prepared, "train")
+    assert "target_images" not in EvalDataset(shards, to_array)[3]
+    item = EvalDataset(shards, to_array, halved)[3]
+    assert np.array_equal(item["target_images"], halved(shards.image(3)))
+    assert np.array_equal(item["images"], to_array(shards.image(3)))
 
 
 @given(

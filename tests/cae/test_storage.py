@@ -216,7 +216,7 @@ def make_target(kind: str) -> Dvae | PixelTarget:
 @pytest.mark.parametrize("kind", ["dvae", "pixels"])
 def test_a_target_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
     target = make_target(kind)
-    save_target(tmp_path / "target.safetensors", target)
+    save_target(tmp_path / "target.safetensors", target, {})
     loaded = load_target(tmp_path / "target.safetensors")
     assert type(loaded) is type(target)
     assert not loaded.training
@@ -231,6 +231,6 @@ def test_a_target_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_target_is_no_model(tmp_path: Path) -> None:
-    save_target(tmp_path / "target.safetensors", make_target("pixels"))
+    save_target(tmp_path / "target.safetensors", make_target("pixels"), {})
     with pytest.raises(UserError, match=r"target\.safetensors: holds target weights; expected cae"):
         load_trained(tmp_path / "target.safetensors")

@@ -103,7 +103,7 @@ def test_an_official_checkpoint_is_exported_without_images_or_target(bare: Works
 def test_with_its_target_beside_it_an_official_checkpoint_reconstructs(bare: Workspace, tmp_path: Path) -> None:
     weights = import_official(tmp_path, official_state(vocab_size=48))
     target = PixelTarget(PixelArchitecture(channels=3, patch_size=4, grid=GRID, per_patch=False), [0.5] * 3, [0.2] * 3)
-    save_target(weights / "target.safetensors", target)
+    save_target(weights / "target.safetensors", target, {})
     export.export(bare, weights, tmp_path / "bundle", {})
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     assert bundle.info.capabilities.reconstruct
@@ -292,7 +292,7 @@ def test_the_target_belongs_to_the_weights(workspace: Workspace, tmp_path: Path)
     export_formats.to_safetensors(workspace, workspace.pretrained, tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["cae.safetensors", "target.safetensors"]
     other = PixelTarget(PixelArchitecture(channels=1, patch_size=7, grid=(4, 4), per_patch=False), [0.5], [0.2])
-    save_target(workspace.target, other)
+    save_target(workspace.target, other, {})
     export.export(workspace, workspace.pretrained, tmp_path / "alone", {})
     assert not Bundle.open(tmp_path / "alone", "cpu").info.capabilities.reconstruct
     export.export(workspace, tmp_path / "whole", tmp_path / "together", {})

@@ -137,6 +137,9 @@ ELSEWHERE = {
     "prepare.source",
     "pretrain.start_from",
     "model.name",
+    # tests/pipeline/test_dalle.py
+    "tokenizer.dalle_encoder",
+    "tokenizer.dalle_decoder",
     "export.min_token_agreement",
 }
 

@@ -1,0 +1,115 @@
+"""Small random DALL-E tokenizers, and files of them as they are published: whole modules of a package `dall_e`."""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae.targets.dalle import DalleArchitecture, DalleSizes, DalleTarget
+
+SMALL = DalleSizes(vocab_size=32, hidden_width=8, code_width=4, num_res_blocks=1)
+States = dict[str, dict[str, Tensor]]
+
+
+def small_target(**changes: Any) -> DalleTarget:
+    """A target with random weights that make its tokens and its pictures lively."""
+    values = {**SMALL.model_dump(), "channels": 3, "patch_size": 16, "grid": (2, 3), "dtype": "float32"}
+    target = DalleTarget(DalleArchitecture(**{**values, "channels_last": False, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    for tensor in target.state_dict().values():
+        scale = (2 / tensor[0].numel()) ** 0.5 if tensor.dim() == 4 else 0.05
+        tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
+    return target.eval()
+
+
+def states_of(target: DalleTarget) -> States:
+    """State dicts of encoder and decoder, by the published names."""
+    return {"encoder": target.encoder.state_dict(), "decoder": target.decoder.state_dict()}
+
+
+class Conv2d(nn.Module):
+    def __init__(self, w: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.n_out, self.n_in, self.kw, _ = w.shape
+        self.use_float16, self.device, self.requires_grad = True, torch.device("cpu"), False
+        self.w, self.b = nn.Parameter(w.clone(), requires_grad=False), nn.Parameter(b.clone(), requires_grad=False)
+
+
+class EncoderBlock(nn.Module): ...
+
+
+class DecoderBlock(nn.Module): ...
+
+
+class Encoder(nn.Module): ...
+
+
+class Decoder(nn.Module): ...
+
+
+PACKAGE = {
+    "dall_e": [],
+    "dall_e.utils": [Conv2d],
+    "dall_e.encoder": [Encoder, EncoderBlock],
+    "dall_e.decoder": [Decoder, DecoderBlock],
+}
+
+
+@contextmanager
+def dall_e() -> Iterator[None]:
+    """The package that the published files were pickled from, with stand-ins of the same structure."""
+    for name, classes in PACKAGE.items():
+        module = ModuleType(name)
+        for kind in classes:
+            kind.__module__ = name
+            setattr(module, kind.__name__, kind)
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in PACKAGE:
+            del sys.modules[name]
+
+
+def published(part: str, state: dict[str, Tensor]) -> nn.Module:
+    """The module with these weights and with all the layers between that the published one has."""
+    root, block = {"encoder": (Encoder, EncoderBlock), "decoder": (Decoder, DecoderBlock)}[part]
+    module = root()
+    module.group_count, module.n_hid, module.vocab_size = 4, 8, 32  # type: ignore[assignment]
+    module.blocks = _sequential(state, "blocks.", block)
+    for number in (1, 2, 3):
+        between = nn.MaxPool2d(2) if part == "encoder" else nn.Upsample(scale_factor=2, mode="nearest")
+        module.blocks.get_submodule(f"group_{number}").add_module("between", between)
+    return module
+
+
+def _sequential(state: dict[str, Tensor], prefix: str, block: type[nn.Module]) -> nn.Module:
+    children: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in dict.fromkeys(key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)):
+        if f"{prefix}{name}.w" in state:
+            children[name.replace("conv", "relu")] = nn.ReLU()
+            children[name] = Conv2d(state[f"{prefix}{name}.w"], state[f"{prefix}{name}.b"])
+        else:
+            children[name] = _sequential(state, f"{prefix}{name}.", block)
+    if "res_path" not in children:
+        return nn.Sequential(children)
+    module = block()
+    module.id_path = children.get("id_path", nn.Identity())
+    module.res_path = children["res_path"]
+    return module
+
+
+def write_published(folder: Path, target: DalleTarget) -> tuple[Path, Path]:
+    """`encoder.pkl` and `decoder.pkl` as they are published; the package is gone when they are read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "encoder.pkl", folder / "decoder.pkl"
+    with dall_e():
+        for path, (part, state) in zip(paths, states_of(target).items(), strict=True):
+            torch.save(published(part, state), path)
+    return paths
