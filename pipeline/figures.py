@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.pictures import Embedding, Neighbors, Sample, half_mass
+from serving.preprocess import shown
 
 PRETRAINED, RANDOM, WRONG, INK = "#0f6f8c", "#b9b4a9", "#c2410c", "#26303a"
 CONTOUR = "#ffb000"
@@ -33,7 +34,10 @@ matplotlib.rcParams.update(
 
 
 class Cell(NamedTuple):
-    """One picture of a sheet: an image [c, h, w], uint8 or float in 0-1, what is written under it, what lies on it."""
+    """One picture of a sheet: an image [c, h, w], uint8 or float in 0-1, what is written under it, what lies on it.
+
+    Of an image of other numbers of channels than 1 and 3 those that `shown` names are drawn.
+    """
 
     image: Any
     caption: str = ""
@@ -63,7 +67,8 @@ def sheet(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]]) -> None:
 def _draw_cell(place: Any, cell: Cell) -> None:
     pixels = np.asarray(cell.image)
     height, width = pixels.shape[1:]
-    picture = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    channels = shown(pixels)
+    picture = channels[0] if len(channels) == 1 else channels.transpose(1, 2, 0)
     limit = 255 if pixels.dtype == np.uint8 else 1
     place.imshow(picture, cmap="gray", vmin=0, vmax=limit, interpolation="nearest", extent=(0, width, height, 0))
     if cell.attention is not None:

@@ -18,12 +18,14 @@ from PIL import Image
 from timm.data import rand_augment_transform
 
 from cae.config import CropConfig, FinetuneConfig
+from cae.data.shards import Picture
+from cae.errors import UserError
 from cae.masking import MaskSampler
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-EvalTransform = Callable[[Image.Image], UInt8[np.ndarray, "c h w"]]
+EvalTransform = Callable[[Picture], UInt8[np.ndarray, "c h w"]]
 """Evaluation preprocessing; the pipeline passes the server's, so that the two cannot differ."""
 
 
@@ -57,13 +59,14 @@ class CropFlip:
     size_px: tuple[int, int]  # height, width
     config: CropConfig
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
         height, width = self.size_px
-        box = random_crop_box(rng, image.size, self.config.crop_scale, width / height)
-        if box != (0, 0, width, height) or image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        size = image.size if isinstance(image, Image.Image) else image[0].size
+        box = random_crop_box(rng, size, self.config.crop_scale, width / height)
+        if box != (0, 0, width, height) or size != (width, height):
+            image = each_band(lambda band: band.resize((width, height), Image.Resampling.BICUBIC, box=box), image)
         if rng.random() < self.config.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = each_band(lambda band: band.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image)
         return image
 
 
@@ -74,7 +77,7 @@ class PretrainTransform:
     crop: CropFlip
     masks: MaskSampler
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         visible, masked = self.masks(rng)
         return {"images": to_array(self.crop(image, rng)), "visible": visible, "masked": masked}
 
@@ -85,7 +88,7 @@ class CropTransform:
 
     crop: CropFlip
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         return {"images": to_array(self.crop(image, rng))}
 
 
@@ -97,19 +100,31 @@ class FinetuneTransform:
         fill = tuple(round(255 * value) for value in mean)
         self.augment: Callable[[Image.Image], Image.Image] | None = None
         if config.rand_augment:
+            if len(mean) not in (1, 3):
+                raise UserError(
+                    f"finetune.rand_augment: {config.rand_augment} changes grey and colour images, and these have "
+                    f"{len(mean)} channels; set it to null"
+                )
             hparams = {"translate_const": int(min(size_px) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
             self.augment = rand_augment_transform(config.rand_augment, hparams)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         image = self.crop(image, rng)
-        if self.augment:
+        if self.augment and isinstance(image, Image.Image):
             with seeded(int(rng.integers(2**32))):
                 image = self.augment(image)
         return {"images": to_array(image)}
 
 
-def to_array(image: Image.Image) -> UInt8[np.ndarray, "c h w"]:
+def each_band(change: Callable[[Image.Image], Image.Image], image: Picture) -> Picture:
+    """The change done to a picture, or to every channel of an image that is one picture a channel."""
+    return change(image) if isinstance(image, Image.Image) else tuple(change(band) for band in image)
+
+
+def to_array(image: Picture) -> UInt8[np.ndarray, "c h w"]:
     """Channels first, a copy that PyTorch may own."""
+    if not isinstance(image, Image.Image):
+        return np.stack([np.asarray(band) for band in image])
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
