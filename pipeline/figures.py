@@ -15,6 +15,7 @@ from serving.preprocess import shown
 PRETRAINED, RANDOM, WRONG, INK = "#0f6f8c", "#b9b4a9", "#c2410c", "#26303a"
 CONTOUR = "#ffb000"
 CELL_INCH = 1.05
+MIN_ASPECT = 0.5
 DPI = 130
 matplotlib.rcParams.update(
     {
@@ -49,7 +50,9 @@ def sheet(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]]) -> None:
     """Rows of pictures, each with its name at the left."""
     columns = max(len(cells) for _, cells in rows)
     captions = any(cell.caption for _, cells in rows for cell in cells)
-    height = CELL_INCH * (1.22 if captions else 1.08)
+    height_px, width_px = rows[0][1][0].image.shape[1:]
+    # As tall as its images, but never less than three lines of a row's name.
+    height = CELL_INCH * (max(height_px / width_px, MIN_ASPECT) + (0.22 if captions else 0.08))
     figure = Figure(figsize=(CELL_INCH * columns + 1.5, height * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, cells), row in zip(rows, axes, strict=True):
@@ -78,7 +81,11 @@ def _draw_cell(place: Any, cell: Cell) -> None:
             matplotlib.patches.Rectangle((0, 0), width, height, fill=False, edgecolor=cell.frame, linewidth=3)
         )
     if cell.caption:
-        place.set_title(cell.caption, fontsize=8.5, y=-0.2, color=cell.frame or INK)
+        # By points, for a share of the height would put it into a low picture.
+        offset: dict[str, Any] = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
+        place.annotate(
+            cell.caption, (0.5, 0), xycoords="axes fraction", fontsize=8.5, color=cell.frame or INK, **offset
+        )
 
 
 def _draw_attention(place: Any, attention: np.ndarray, size: tuple[int, int]) -> None:

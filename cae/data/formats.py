@@ -58,7 +58,7 @@ def _npy_is_image(head: bytes) -> bool:
     except Exception:  # the header is Python's syntax, so its reader raises errors of many types
         return False
     # Three axes of another type are an image saved in a way that is not read, and its owner wants to know.
-    return len(shape) == 3 or (len(shape) == 2 and dtype in (np.uint8, np.uint16))
+    return len(shape) == 3 or (len(shape) == 2 and dtype.kind == "u" and dtype.itemsize <= 2)
 
 
 def tiff_is_cut_off(data: bytes) -> bool:
