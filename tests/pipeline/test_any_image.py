@@ -196,10 +196,9 @@ def test_reconstruct_and_similar_draw_a_picture(made: Made, tmp_path: Path) -> N
     assert len(np.unique(cell.reshape(-1, 3), axis=0)) > 50
 
 
+@pytest.mark.parametrize("made", [MANY], indirect=True, ids=["13 channels"])
 def test_every_stage_has_its_figures_and_the_report_its_pictures(made: Made) -> None:
     workspace, _ = made
-    if workspace.index.channels != MANY:
-        pytest.skip("runs without labels and report")
     for stage in ("finetune", "probe_linear", "probe_attentive", "probe_knn"):
         assert "top1" in (workspace.read_metrics(stage) or {}), stage
     for name in ("completions", "tokenizer", "without_regressor"):

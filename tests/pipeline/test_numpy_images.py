@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
@@ -107,7 +109,7 @@ def test_a_folder_of_other_arrays_alone_says_what_is_expected(tmp_path: Path) ->
         Folder(save(tmp_path, {"a.npy": noise(0, 4, 32, dtype="float32")}))
 
 
-def test_a_table_and_a_tar_file_may_name_numpy_files(tmp_path: Path) -> None:
+def test_tables_and_tar_files_may_hold_numpy_files(tmp_path: Path) -> None:
     array = noise(0, 5, 16, 24)
     save(tmp_path, {"a.npy": array})
     (tmp_path / "list.csv").write_text("path\na.npy\n")
@@ -117,9 +119,10 @@ def test_a_table_and_a_tar_file_may_name_numpy_files(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    table = open_source("csv:list.csv", tmp_path, tmp_path)
+    parquet.write_table(pa.table({"image": [npy(array)]}), tmp_path / "rows.parquet")
     samples = open_source("wds:s.tar", tmp_path, tmp_path)
-    for source in (table, samples):
+    tables = [open_source(url, tmp_path, tmp_path) for url in ("csv:list.csv", "parquet:rows.parquet")]
+    for source in (*tables, samples):
         assert np.array_equal(to_array(decode(source.read(0), max_pixels=1000)), array)
     assert samples.read(1) == members["1.jpg"]
 
