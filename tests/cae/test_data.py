@@ -316,23 +316,6 @@ def test_a_whole_crop_of_a_fitting_image_is_the_image(channels: int) -> None:
         assert np.array_equal(np.asarray(crop(image, np.random.default_rng(seed))), np.asarray(image))
 
 
-def bands_of(number: int, channels: int) -> tuple[Image.Image, ...]:
-    """A stored image of neither 1 nor 3 channels."""
-    return tuple(Image.fromarray(band) for band in pixels_of(number, channels).transpose(2, 0, 1))
-
-
-def test_every_channel_of_an_image_is_cropped_and_flipped_like_the_colours_of_a_picture() -> None:
-    five, picture = bands_of(0, 5), Image.fromarray(pixels_of(0))
-    crop = CropFlip((6, 10), CROP)
-    for seed in range(20):
-        got = to_array(crop(five, np.random.default_rng(seed)))
-        assert got.shape == (5, 6, 10)
-        assert got.flags.c_contiguous
-        assert got.flags.writeable
-        assert np.array_equal(got[:3], to_array(crop(picture, np.random.default_rng(seed))))
-        assert not np.array_equal(got[3], got[4])
-
-
 def test_a_flip_is_a_mirror_image_left_to_right_as_often_as_asked() -> None:
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     sides = {False: 0, True: 0}
@@ -426,17 +409,6 @@ def test_rand_augment_depends_on_the_samples_generator_alone(
         assert (first.shape, first.dtype) == ((channels, 32, 24), np.uint8)
         changed += not np.array_equal(plain(image, np.random.default_rng(seed))["images"], first)
     assert changed > 15
-
-
-def test_images_of_other_numbers_of_channels_are_fine_tuned_without_rand_augment(
-    raw_params: dict[str, Any],
-) -> None:
-    config = FinetuneConfig(**raw_params["finetune"] | {"crop_scale": (0.5, 1.0)})
-    transform = FinetuneTransform((8, 8), config, [0.5] * 5)
-    assert transform(bands_of(0, 5), np.random.default_rng(0))["images"].shape == (5, 8, 8)
-    augmented = config.model_copy(update={"rand_augment": "rand-m9"})
-    with pytest.raises(UserError, match=r"finetune\.rand_augment: rand-m9 .* these have 5 channels; set it to null"):
-        FinetuneTransform((8, 8), augmented, [0.5] * 5)
 
 
 def test_the_index_is_plain_json(prepared: Path) -> None:
