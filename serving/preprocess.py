@@ -216,8 +216,8 @@ def to_mode(image: Picture, channels: int) -> Picture:
     if found != channels and not {found, channels} <= {1, 3}:
         raise ImageError(
             "unsupported",
-            f"the image has {found} channels, expected {channels}; save it as a NumPy file (.npy), uint8 or uint16 "
-            f"[{channels}, height, width]",
+            f"the image has {found} channel{'s' if found > 1 else ''}, expected {channels}; save it as a NumPy file "
+            f"(.npy), uint8 or uint16 [{channels}, height, width]",
         )
     if not isinstance(image, Image.Image):
         return image

@@ -132,7 +132,7 @@ def test_channels_are_never_made_up_or_left_out(wanted: int, random_pixels: Pixe
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)])
 def test_a_picture_does_not_fit_a_model_of_more_channels(mode: str, channels: int) -> None:
-    with pytest.raises(ImageError, match=f"the image has {channels} channels, expected 4"):
+    with pytest.raises(ImageError, match=f"the image has {channels} channels?, expected 4"):
         to_mode(Image.new(mode, (16, 16)), 4)
 
 
