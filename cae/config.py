@@ -46,7 +46,7 @@ class RuntimeConfig(Section):
 
 class PrepareConfig(Section):
     source: str
-    channels: Literal["auto", 1, 3]
+    channels: Literal["auto", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     short_side_px: Count
     max_reject_fraction: Fraction

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cae.config import ModelConfig
 from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
-from cae.data.shards import ImageShards, Split
+from cae.data.shards import ImageShards, Picture, Split
 from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
@@ -23,7 +22,7 @@ class Evaluation:
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Picture) -> np.ndarray:
         return prepare(image, self.preprocessing)
 
 

@@ -47,6 +47,7 @@ def choose(findings: Findings, source: str, *, gpu: bool, num_cores: int) -> lis
     stored_px = max(64, 32 * math.ceil(image_size / math.sqrt(crop) / 32))
     return [
         Choice("prepare.source", source, "the images that were looked at"),
+        *_channels(findings.channels),
         Choice("prepare.short_side_px", stored_px, f"a crop of {crop:.0%} of the area still has {image_size} px"),
         Choice("runtime.num_workers", 0 if small else min(num_cores, 8), f"{side}; {num_cores} cores"),
         Choice("model.image_size", image_size, f"{side}, {'a GPU' if gpu else 'no GPU'}"),
@@ -56,7 +57,9 @@ def choose(findings: Findings, source: str, *, gpu: bool, num_cores: int) -> lis
         *_vocabulary(findings.num_train * (image_size // patch_size) ** 2, gpu),
         *(Choice(f"{s}.crop_scale", [crop, 1.0], "photographs" if photographs else "small or grey") for s in CROPPED),
         *(
-            Choice(f"{section}.flip", 0.0 if findings.grey else 0.5, "grey: may be text" if findings.grey else "colour")
+            Choice(
+                f"{section}.flip", 0.0 if findings.grey else 0.5, "grey: may be text" if findings.grey else "not grey"
+            )
             for section in CROPPED
         ),
         *(
@@ -124,6 +127,11 @@ def batch_sizes(num_train: int, gpu: bool) -> dict[str, int]:
     """The usual batch of every section, or the largest power of two that leaves four steps in an epoch; never 1."""
     most = max(2, 2 ** int(math.log2(max(2, num_train / 4))))
     return {section: min(size, most) for section, size in (GPU_BATCHES if gpu else BATCHES).items()}
+
+
+def _channels(number: int) -> list[Choice]:
+    # Grey and colour are left to the parameters: both are read either way.
+    return [] if number in (1, 3) else [Choice("prepare.channels", number, "as most of the images have")]
 
 
 def _vocabulary(num_patches: int, gpu: bool) -> list[Choice]:

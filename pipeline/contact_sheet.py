@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, to_mode
+from serving.masks import picture
+from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, to_array, to_mode
 
 CELL_PX = 112
 TEXT_PX = 30
@@ -37,9 +38,9 @@ def draw_sheet(rows: list[list[Cell]]) -> Image.Image:
         shown = row if len(row) <= NUM_COLUMNS else row[: NUM_COLUMNS - 1]
         for column, cell in enumerate(shown):
             left = GAP_PX + column * (CELL_PX + GAP_PX)
-            picture = _thumbnail(cell.path)
-            sheet.paste(picture or GREY, (left, top, left + CELL_PX, top + CELL_PX))
-            if picture is None:
+            thumbnail = _thumbnail(cell.path)
+            sheet.paste(thumbnail or GREY, (left, top, left + CELL_PX, top + CELL_PX))
+            if thumbnail is None:
                 draw.text((left + GAP_PX, top + CELL_PX // 2), "cannot be read", BLACK, font)
             draw.text((left, top + CELL_PX), cell.text, BLACK, font)
             draw.text((left, top + CELL_PX + FONT_PX + 2), _fit(Path(cell.path).name, font), BLACK, font)
@@ -52,7 +53,8 @@ def draw_sheet(rows: list[list[Cell]]) -> Image.Image:
 def _thumbnail(path: str) -> Image.Image | None:
     """The image on a grey square, small ones enlarged by whole pixels; None where it cannot be read any more."""
     try:
-        image = to_mode(decode(Path(path).read_bytes(), max_pixels=PILLOW_MAX_PIXELS), 3)
+        decoded = decode(Path(path).read_bytes(), max_pixels=PILLOW_MAX_PIXELS)
+        image = to_mode(decoded if isinstance(decoded, Image.Image) else picture(to_array(decoded)), 3)
     except (OSError, ImageError):
         return None
     scale = CELL_PX / max(image.size)

@@ -9,14 +9,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cae.data.shards import Row, ShardInfo, ShardWriter, Split
+from cae.data.shards import Picture, Row, ShardInfo, ShardWriter, Split
 from cae.data.sources import Reject
 
 
-def pixel_hash(image: Image.Image) -> int:
+def pixel_hash(image: Picture) -> int:
     """64 bits of the size and the pixels; at a million images a chance hit has a probability below 1e-7."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=8)
-    digest.update(image.tobytes())
+    digest = hashlib.blake2b(digest_size=8)
+    for picture in (image,) if isinstance(image, Image.Image) else image:
+        digest.update(f"{picture.mode} {picture.size}".encode())
+        digest.update(picture.tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 

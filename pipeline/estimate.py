@@ -1,16 +1,15 @@
 """What a run will take: a few real steps on random pixels on this machine, a few real images stored."""
 
-import io
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cae.config import OptimizationConfig, Params
+from cae.data.shards import decode_stored
 from cae.data.sources import Reject, Source
 from cae.data.transforms import CropFlip, to_array
 from cae.heads import Classifier
@@ -112,8 +111,7 @@ def measure_storing(source: Source, params: Params, channels: int) -> Storing:
     images = [result.row.image for result in stored if not isinstance(result, Reject)]
     started = time.perf_counter()
     for data in images:
-        with Image.open(io.BytesIO(data)) as image:
-            to_array(crop(image.convert("L" if channels == 1 else "RGB"), rng))
+        to_array(crop(decode_stored(data, channels), rng))
     elapsed = time.perf_counter() - started
     return Storing(sum(map(len, images)) / max(1, len(images)), elapsed / max(1, len(images)))
 

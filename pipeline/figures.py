@@ -10,10 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.pictures import Embedding, Neighbors, Sample, half_mass
+from serving.preprocess import shown
 
 PRETRAINED, RANDOM, WRONG, INK = "#0f6f8c", "#b9b4a9", "#c2410c", "#26303a"
 CONTOUR = "#ffb000"
 CELL_INCH = 1.05
+MIN_ASPECT = 0.5
 DPI = 130
 matplotlib.rcParams.update(
     {
@@ -33,7 +35,10 @@ matplotlib.rcParams.update(
 
 
 class Cell(NamedTuple):
-    """One picture of a sheet: an image [c, h, w], uint8 or float in 0-1, what is written under it, what lies on it."""
+    """One picture of a sheet: an image [c, h, w], uint8 or float in 0-1, what is written under it, what lies on it.
+
+    Of an image of other numbers of channels than 1 and 3 those that `shown` names are drawn.
+    """
 
     image: Any
     caption: str = ""
@@ -45,7 +50,9 @@ def sheet(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]]) -> None:
     """Rows of pictures, each with its name at the left."""
     columns = max(len(cells) for _, cells in rows)
     captions = any(cell.caption for _, cells in rows for cell in cells)
-    height = CELL_INCH * (1.22 if captions else 1.08)
+    height_px, width_px = rows[0][1][0].image.shape[1:]
+    # As tall as its images, but never less than three lines of a row's name.
+    height = CELL_INCH * (max(height_px / width_px, MIN_ASPECT) + (0.22 if captions else 0.08))
     figure = Figure(figsize=(CELL_INCH * columns + 1.5, height * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, cells), row in zip(rows, axes, strict=True):
@@ -63,7 +70,8 @@ def sheet(path: Path, rows: Sequence[tuple[str, Sequence[Cell]]]) -> None:
 def _draw_cell(place: Any, cell: Cell) -> None:
     pixels = np.asarray(cell.image)
     height, width = pixels.shape[1:]
-    picture = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    channels = shown(pixels)
+    picture = channels[0] if len(channels) == 1 else channels.transpose(1, 2, 0)
     limit = 255 if pixels.dtype == np.uint8 else 1
     place.imshow(picture, cmap="gray", vmin=0, vmax=limit, interpolation="nearest", extent=(0, width, height, 0))
     if cell.attention is not None:
@@ -73,7 +81,11 @@ def _draw_cell(place: Any, cell: Cell) -> None:
             matplotlib.patches.Rectangle((0, 0), width, height, fill=False, edgecolor=cell.frame, linewidth=3)
         )
     if cell.caption:
-        place.set_title(cell.caption, fontsize=8.5, y=-0.2, color=cell.frame or INK)
+        # By points, for a share of the height would put it into a low picture.
+        offset: dict[str, Any] = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
+        place.annotate(
+            cell.caption, (0.5, 0), xycoords="axes fraction", fontsize=8.5, color=cell.frame or INK, **offset
+        )
 
 
 def _draw_attention(place: Any, attention: np.ndarray, size: tuple[int, int]) -> None:

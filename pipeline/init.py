@@ -19,6 +19,7 @@ from pipeline.inspection import Findings, inspect
 
 KINDS_BY_SUFFIX = {".csv": "csv", ".parquet": "parquet", ".tar": "wds"}
 SHOWN_BROKEN = 10
+COLOURS = {1: "grey", 3: "colour"}
 
 
 def run(images: str, out: Path, force: bool) -> None:
@@ -40,16 +41,15 @@ def run(images: str, out: Path, force: bool) -> None:
     choices = choose(findings, url, gpu=gpu, num_cores=os.cpu_count() or 1)
     choices += tolerance(findings, shipped.prepare.max_reject_fraction)
     raw = with_choices(template, choices)
-    channels = 1 if findings.grey else 3
     params = params_file.validate(raw, str(out))
     console.print("timing a few steps on this machine ...")
-    steps = estimate.time_steps(params, channels, len(findings.class_counts))
+    steps = estimate.time_steps(params, findings.channels, len(findings.class_counts))
     batches = {name: getattr(params, name).batch_size for name in ("tokenizer", "pretrain", "finetune")}
     shipped_epochs = {name: getattr(shipped, name).epochs for name in batches}
     choices += lengths(findings.num_train, batches, steps.pretrain_s, shipped_epochs, gpu=gpu)
     raw = with_choices(template, choices)
     params = params_file.validate(raw, str(out))
-    storing = estimate.measure_storing(source, params, channels)
+    storing = estimate.measure_storing(source, params, findings.channels)
     params_file.write(out, params_file.text_of(raw))
     console.print(_choices_table(choices))
     console.print(_estimate_table(params, findings, steps, storing))
@@ -102,7 +102,7 @@ def _findings_table(url: str, findings: Findings) -> Table:
         for name, values in zip(("width, px", "height, px"), columns, strict=True):
             middle = sorted(values)[len(values) // 2]
             table.add_row(name, f"{min(values)} smallest, {middle} median, {max(values)} largest")
-    table.add_row("colour", "grey" if findings.grey else "colour")
+    table.add_row("colour", COLOURS.get(findings.channels, f"{findings.channels} channels"))
     table.add_row("formats", ", ".join(f"{name} {count}" for name, count in findings.formats.items()) or "none")
     counts = findings.class_counts.values()
     labels = f"{len(counts)} classes of {min(counts)} to {max(counts)} images" if counts else "none"

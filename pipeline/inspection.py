@@ -1,16 +1,15 @@
 """What a source holds: everything counted, a seeded sample looked into."""
 
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from cae.data.formats import HEAD_BYTES, image_kind
 from cae.data.sources import Reject, Source
-from pipeline.prepare import GREY_MODES, SPLITS, Preparation, assign_splits
+from pipeline.prepare import SPLITS, ChannelLook, Preparation, assign_splits, common_channels
+from serving.preprocess import picture_size
 
 SAMPLE = 2000
 SEED = 0
@@ -31,7 +30,7 @@ class Findings:
     num_sampled: int
     sizes_px: np.ndarray  # [n, 2], width and height, upright
     formats: dict[str, int]
-    grey: bool
+    channels: int
     broken: list[Reject]
     decode_s: float  # for one image
 
@@ -39,6 +38,10 @@ class Findings:
     def short_side_px(self) -> int:
         """The median of the shorter sides."""
         return int(np.median(self.sizes_px.min(axis=1)))
+
+    @property
+    def grey(self) -> bool:
+        return self.channels == 1
 
     @property
     def broken_fraction(self) -> float:
@@ -55,18 +58,18 @@ def sample_positions(num_images: int, most: int = SAMPLE) -> list[int]:
 def inspect(source: Source, val_fraction: float, most: int = SAMPLE) -> Findings:
     """Look at `most` images of the source and at the labels of all. `sizes_px` is empty when none can be read."""
     positions = sample_positions(len(source), most)
-    look = Preparation(source, 3, ANY_SIZE_PX)
-    sizes, formats, broken, modes = [], Counter[str](), [], set()
+    look = ChannelLook(source)
+    channels = common_channels(look[position] for position in positions)
+    preparation = Preparation(source, channels, ANY_SIZE_PX)
+    sizes, formats, broken = [], Counter[str](), []
     started = time.perf_counter()
     for position in positions:
-        opened = look.load(position)
+        opened = preparation.load(position)
         if isinstance(opened, Reject):
             broken.append(opened)
             continue
-        sizes.append(opened.picture.size)
+        sizes.append(picture_size(opened.picture))
         formats[image_kind(opened.data[:HEAD_BYTES]) or "unknown"] += 1
-        with Image.open(io.BytesIO(opened.data)) as image:
-            modes.add(image.mode)
     decode_s = (time.perf_counter() - started) / max(1, len(positions))
     splits = Counter(assign_splits(source, val_fraction, SEED))
     usable = len(sizes) / max(1, len(positions))
@@ -81,7 +84,7 @@ def inspect(source: Source, val_fraction: float, most: int = SAMPLE) -> Findings
         num_sampled=len(positions),
         sizes_px=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         formats=dict(formats.most_common()),
-        grey=modes <= set(GREY_MODES),
+        channels=channels,
         broken=broken,
         decode_s=decode_s,
     )

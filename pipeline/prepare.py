@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,18 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cae.config import OptimizationConfig, Params
+from cae.data.formats import HEAD_BYTES, image_kind
 from cae.data.shards import UNLABELLED, Index, Row, ShardInfo, ShardWriter, Split
 from cae.data.sources import Reject, Source, Unusable, open_source
 from cae.errors import UserError
 from pipeline.duplicates import Hashes, pixel_hash, remove_duplicates
 from pipeline.rejects import check_rejects, explain, write_rejects
 from pipeline.workspace import Workspace, published
-from serving.preprocess import ImageError, decode, orientation, to_mode
+from serving.preprocess import ImageError, Picture, decode, header_channels, orientation, to_array, to_mode
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970
-GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")
 SPLITS: tuple[Split, Split] = ("train", "val")
 JPEG_QUALITY = 95
 
@@ -45,7 +46,7 @@ class Opened(NamedTuple):
     """A file as it is, and the picture in it: upright, of the wanted channels, over white."""
 
     data: bytes
-    picture: Image.Image
+    picture: Picture
     has_transparency: bool
 
 
@@ -64,13 +65,13 @@ class Preparation(Dataset[Prepared | Reject]):
             return opened
         image, data = self._store(opened)
         item = self.source[position]
-        pixels = np.asarray(image, dtype=np.float64).reshape(-1, self.channels) / 255
+        pixels = to_array(image).reshape(self.channels, -1) / 255
         label = UNLABELLED if item.label is None else item.label
         return Prepared(
             row=Row(item.key, label, data),
-            num_pixels=len(pixels),
-            sums=pixels.sum(axis=0),
-            squares=(pixels**2).sum(axis=0),
+            num_pixels=pixels.shape[1],
+            sums=pixels.sum(axis=1),
+            squares=(pixels**2).sum(axis=1),
             pixel_hash=pixel_hash(image),
         )
 
@@ -86,23 +87,35 @@ class Preparation(Dataset[Prepared | Reject]):
         decoded = None
         try:
             decoded = decode(data, max_pixels=MAX_PIXELS)
-            return Opened(data, to_mode(decoded, self.channels), decoded.has_transparency_data)
+            has_transparency = isinstance(decoded, Image.Image) and decoded.has_transparency_data
+            return Opened(data, to_mode(decoded, self.channels), has_transparency)
         except ImageError as error:
             return explain(key, error, data, decoded is not None)
 
-    def _store(self, opened: Opened) -> tuple[Image.Image, bytes]:
+    def _store(self, opened: Opened) -> tuple[Picture, bytes]:
         """The image as training will see it, and its bytes: the file's own wherever they decode to just that."""
-        data, stored, has_transparency = opened
-        with Image.open(io.BytesIO(data)) as original:
-            plain = original.format in ("JPEG", "PNG") and orientation(original) == 1
-            plain = plain and original.mode == ("L" if self.channels == 1 else "RGB")
-        plain = plain and not has_transparency
-        shrink = self.short_side_px / min(stored.size)
-        if shrink < 1:
-            size = (max(1, round(stored.width * shrink)), max(1, round(stored.height * shrink)))
-            stored = stored.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        if not isinstance(opened.picture, Image.Image):
+            bands = tuple(self._shrink(band) for band in opened.picture)
+            return bands, _encode_npy(to_array(bands))
+        stored = self._shrink(opened.picture)
+        if stored is not opened.picture:
             return stored, _encode(stored, "JPEG", quality=JPEG_QUALITY)
-        return stored, data if plain else _encode(stored, "PNG")
+        return stored, opened.data if self._is_plain(opened) else _encode(stored, "PNG")
+
+    def _shrink(self, picture: Image.Image) -> Image.Image:
+        """The picture itself where its short side is not above the stated one."""
+        shrink = self.short_side_px / min(picture.size)
+        if shrink >= 1:
+            return picture
+        size = (max(1, round(picture.width * shrink)), max(1, round(picture.height * shrink)))
+        return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+    def _is_plain(self, opened: Opened) -> bool:
+        if opened.has_transparency or image_kind(opened.data[:HEAD_BYTES]) == "NPY":
+            return False
+        with Image.open(io.BytesIO(opened.data)) as original:
+            plain = original.format in ("JPEG", "PNG") and orientation(original) == 1
+            return plain and original.mode == ("L" if self.channels == 1 else "RGB")
 
 
 def run(workspace: Workspace) -> None:
@@ -161,24 +174,37 @@ def public_name(source: str) -> str:
 
 
 def count_channels(source: Source, num_workers: int) -> int:
-    """1 when every image is grey by its header, else 3."""
-    return 1 if all(_in_order(_GreyCheck(source), num_workers, "look")) else 3
+    """What `common_channels` says of the headers of all images."""
+    return common_channels(_in_order(ChannelLook(source), num_workers, "look"))
 
 
-class _GreyCheck(Dataset[bool]):
+def common_channels(found: Iterable[int]) -> int:
+    """The number of channels that most images have, 0 standing for a file that cannot be read.
+
+    Grey and colour make one set: 1 when every one of it is grey, else 3. Of two numbers that are as common the smaller.
+    """
+    counts = Counter(found)
+    del counts[0]
+    if counts[3]:
+        counts[3] += counts.pop(1, 0)
+    return min((number for number in counts), key=lambda number: (-counts[number], number), default=1)
+
+
+class ChannelLook(Dataset[int]):
+    """The number of channels of each image by its header, 0 where that cannot be read."""
+
     def __init__(self, source: Source) -> None:
         self.source = source
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, position: int) -> bool:
+    def __getitem__(self, position: int) -> int:
         try:
-            with Image.open(io.BytesIO(self.source.read(position))) as image:
-                return image.mode in GREY_MODES
-        except Exception:
-            # A damaged file is the business of the pass that decodes; Pillow raises errors of many types.
-            return True
+            return header_channels(self.source.read(position))
+        except (Unusable, OSError, ImageError):
+            # The business of the pass that decodes.
+            return 0
 
 
 def assign_splits(source: Source, val_fraction: float, seed: int) -> list[Split]:
@@ -251,6 +277,12 @@ def _tell(index: Index, duplicates: Sequence[Reject]) -> None:
         logger.warning("%d validation images are also in training and were taken out", len(duplicates))
     if not index.classes:
         logger.warning("%s has no labels: fine-tuning and the probes will be skipped", index.source)
+
+
+def _encode_npy(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, pixels, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -27,7 +27,8 @@ def explain(key: str, error: ImageError, data: bytes, decoded: bool) -> Reject:
     if error.reason in _REASONS:
         return Reject(key, _REASONS[error.reason], str(error))
     # A header of a kind that is read, and no image behind it: damaged, or for TIFF a layout that Pillow does not know.
-    known = kind != "other image" and not (kind == "TIFF" and not formats.tiff_is_cut_off(data))
+    # Of a NumPy file that is damaged the error itself says so.
+    known = kind not in ("other image", "NPY") and not (kind == "TIFF" and not formats.tiff_is_cut_off(data))
     return Reject(key, "truncated" if known and not decoded else "unsupported", str(error))
 
 

@@ -103,6 +103,9 @@ def _summary(workspace: Workspace) -> str:
         )
     else:
         text += "The images have no labels, so nothing here is measured against classes."
+    if index.channels not in (1, 3):
+        drawn = "the first as grey" if index.channels == 2 else "the first three as red, green and blue"
+        text += f" The images have {index.channels} channels; the pictures on this page show {drawn}."
     return text
 
 

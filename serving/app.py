@@ -1,7 +1,7 @@
 """The HTTP application: one image in, patch features or a reconstruction out.
 
 `POST /embed`, `POST /reconstruct`, `GET /info`, `GET /health/live`, `GET /health/ready`, described by
-`GET /openapi.json`. The body of the calls is the raw image file:
+`GET /openapi.json`. The body of the calls is the raw image file, or a NumPy file for any number of channels:
 `curl --data-binary @photo.jpg http://127.0.0.1:8000/embed`.
 """
 
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from serving import errors, masks, preprocess
 from serving.answers import JSON, NPY, PNG, json_response, negotiate, npy_response
-from serving.bundle import Bundle, BundleError, Output
+from serving.bundle import Bundle, Output
 from serving.errors import ApiError
 from serving.settings import Settings
 
@@ -35,9 +35,13 @@ EMBED_OUTPUTS: dict[str, Output] = {
     "attention": "class_attention",
 }
 # The last is what `curl --data-binary` says of any file, so the shortest call works.
-BODY_TYPES = ("image/*", "application/octet-stream", "application/x-www-form-urlencoded")
+BODY_TYPES = ("image/*", NPY, "application/octet-stream", "application/x-www-form-urlencoded")
 
 _HOW_TO_SEND = "curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' ..."
+_BODY = (
+    f"One image file, or one NumPy file ({NPY}) with an array uint8 or uint16 [C, H, W]. The number of channels of the "
+    "model stands in GET /info under bundle.preprocessing; grey and colour fit 1 and 3. The bytes decide, not the type."
+)
 _Answer = TypeVar("_Answer")
 _log = logging.getLogger(__name__)
 
@@ -141,16 +145,7 @@ class Service:
 
 
 def create_app(settings: Settings, bundle: Bundle) -> FastAPI:
-    """The application over an opened bundle; it becomes ready when its graphs have been warmed, before it listens.
-
-    Errors: BundleError for a bundle whose images no image file can hold.
-    """
-    channels = bundle.info.preprocessing.channels
-    if channels not in (1, 3):
-        raise BundleError(
-            f"bundle.json: preprocessing.channels is {channels}; the server reads image files and needs 1 or 3. "
-            "Call serving.bundle.Bundle from Python for other arrays"
-        )
+    """The application over an opened bundle; it becomes ready when its graphs have been warmed, before it listens."""
     service = Service(bundle, settings)
 
     @asynccontextmanager
@@ -302,7 +297,7 @@ def _check_type(request: Request) -> None:
         raise ApiError(
             415,
             "unsupported_body",
-            f"Content-Type: {media_type}; expected the raw bytes of one image file ({', '.join(BODY_TYPES)})",
+            f"Content-Type: {media_type}; expected the raw bytes of one image or NumPy file ({', '.join(BODY_TYPES)})",
             _HOW_TO_SEND,
         )
 
@@ -313,7 +308,9 @@ def _documented(*answers: str) -> dict[str, Any]:
     schemas = {JSON: {"schema": {"type": "object"}}}
     statuses = (400, 404, 406, 413, 415, 422, 500, 503)
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": dict.fromkeys(BODY_TYPES, binary)}},
+        "openapi_extra": {
+            "requestBody": {"required": True, "description": _BODY, "content": dict.fromkeys(BODY_TYPES, binary)}
+        },
         "responses": {
             200: {"description": "by Accept", "content": {name: schemas.get(name, binary) for name in answers}},
             **{status: {"model": errors.ErrorBody} for status in statuses},

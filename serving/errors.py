@@ -26,7 +26,8 @@ _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _IMAGE_STATUS: dict[Reason, int] = {"unsupported": 415, "truncated": 415, "too_large": 413, "too_small": 422}
 _IMAGE_HINT: dict[Reason, str] = {
-    "unsupported": "send one JPEG, PNG, WebP, BMP or TIFF file as the raw body: curl --data-binary @photo.jpg",
+    "unsupported": "send one JPEG, PNG, WebP, BMP or TIFF file as the raw body: curl --data-binary @photo.jpg; other "
+    "numbers of channels than 1 and 3 as one NumPy file (.npy)",
     "truncated": "check that the file opens in a viewer, and send all of it",
     "too_large": "scale the picture down first; GET /info names the limit",
     "too_small": f"send a picture of at least {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels",

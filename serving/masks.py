@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from serving.preprocess import shown
+
 View = Literal["completion", "pasted", "side_by_side"]
 
 _HIDDEN_GREY = 128
@@ -46,7 +48,9 @@ def draw(
     masked: NDArray[np.int64] | None,
     patch_size: int,
 ) -> Image.Image:
-    """One view of a reconstruction float32 [C, H, W] of an image uint8 [C, H, W], at its true size; grey stays grey.
+    """One view of a reconstruction float32 [C, H, W] of an image uint8 [C, H, W], at its true size.
+
+    Grey stays grey; of other numbers of channels than 1 and 3 those that `shown` names are drawn.
 
     - `completion`: the reconstruction alone.
     - `pasted`: the masked patches from the reconstruction, the visible ones from the image.
@@ -58,13 +62,13 @@ def draw(
     completion = _to_uint8(reconstruction)
     pasted = completion if masked is None else paste(image, reconstruction, masked, patch_size)
     if view == "completion":
-        return _picture(completion)
+        return picture(completion)
     if view == "pasted":
-        return _picture(pasted)
+        return picture(pasted)
     panels = [image, pasted]
     if masked is not None:
         panels.insert(1, np.where(_hidden_pixels(image, masked, patch_size), np.uint8(_HIDDEN_GREY), image))
-    return _picture(np.concatenate(panels, axis=2))
+    return picture(np.concatenate(panels, axis=2))
 
 
 def png(picture: Image.Image) -> bytes:
@@ -87,6 +91,7 @@ def _to_uint8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
-def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """uint8 [1, H, W] or [3, H, W] as a grey or RGB picture."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+def picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """uint8 [C, H, W] as a grey or RGB picture of the channels that are `shown`."""
+    channels = shown(pixels)
+    return Image.fromarray(channels[0] if len(channels) == 1 else np.ascontiguousarray(channels.transpose(1, 2, 0)))

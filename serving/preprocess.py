@@ -7,7 +7,7 @@ the same pixels. Normalisation is not here: it is part of the exported graph.
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MIN_SIDE_PX = 8
+MAX_CHANNELS = 16
 # Above this Pillow refuses by itself, whatever the caller allows.
 PILLOW_MAX_PIXELS = 178_956_970
 
+_NPY_MAGIC = b"\x93NUMPY"
+_GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,6 +34,9 @@ _UPRIGHT = {
 }
 
 Reason = Literal["unsupported", "truncated", "too_large", "too_small"]
+Picture = Image.Image | tuple[Image.Image, ...]
+"""An image; where it has neither 1 nor 3 channels one grey (mode L) Pillow image for each of them, all of one size."""
+_Channels = TypeVar("_Channels", tuple[Image.Image, ...], NDArray[np.uint8], NDArray[np.float32])
 
 
 class ImageError(ValueError):
@@ -55,45 +61,127 @@ class Preprocessing(BaseModel):
     # An unknown key would change the pixels if it were obeyed, so it must not be skipped in silence.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     crop_fraction: float = Field(gt=0, le=1)
     resample: Literal["bicubic"]
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int) -> Picture:
     """Decode one image file completely and turn it upright by its EXIF orientation.
 
-    Of an animation or a document with several pages the first is taken. The checks on the header come before any pixel
-    is decoded, so a small file that unfolds to a huge picture costs nothing.
+    A file is an image of FORMATS, or a NumPy file (.npy) with one array, uint8 or uint16: [C, H, W], [H, W, C] or
+    [H, W]. Of an animation or a document with several pages the first is taken. The checks on the header come before
+    any pixel is decoded, so a small file that unfolds to a huge picture costs nothing.
 
     Errors: ImageError with its four reasons.
     """
+    if data.startswith(_NPY_MAGIC):
+        return _decode_npy(data, max_pixels)
+    image = _open(data, max_pixels)
+    _check_size(*image.size, max_pixels)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+    except Exception as error:  # Pillow's readers raise errors of many types on hostile bytes
+        raise ImageError(
+            "truncated", f"the {image.format} file is cut off or damaged ({error}); send the whole file"
+        ) from error
+    return _upright(image)
+
+
+def header_channels(data: bytes) -> int:
+    """By the header alone: 1 for a grey image file, 3 for any other, for a NumPy file as many as its array has.
+
+    Errors: as `decode`.
+    """
+    if data.startswith(_NPY_MAGIC):
+        return _read_layout(data).channels
+    return 1 if _open(data, PILLOW_MAX_PIXELS).mode in _GREY_MODES else 3
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(
-            "unsupported", f"not an image of a kind that is read; expected one of {', '.join(FORMATS)}"
+            "unsupported",
+            f"not an image of a kind that is read; expected one of {', '.join(FORMATS)}, or a NumPy file (.npy)",
         ) from None
     except Image.DecompressionBombError:
         raise ImageError("too_large", f"more than {max_pixels} pixels; send a smaller picture") from None
-    except Exception as error:  # Pillow's readers raise errors of many types on hostile bytes
+    except Exception as error:  # as in `decode`
         raise ImageError("truncated", f"the file's header is damaged ({error}); send the whole file") from error
-    width, height = image.size
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             "too_large", f"{width} x {height} pixels; at most {max_pixels} in all are read, send a smaller picture"
         )
     if min(width, height) < MIN_SIDE_PX:
         raise ImageError("too_small", f"{width} x {height} pixels; each side must have at least {MIN_SIDE_PX}")
+
+
+class _Layout(NamedTuple):
+    """What the header of a NumPy file says of the image behind it."""
+
+    channels: int
+    height: int
+    width: int
+    channel_axis: int | None  # None for [H, W]
+    num_bytes: int  # of header and array
+
+
+def _read_layout(data: bytes) -> _Layout:
+    """Errors: ImageError for a damaged header, or an array that is no image."""
+    stream = io.BytesIO(data)
     try:
-        image.load()
-    except Exception as error:  # as above
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(stream)
+    except Exception as error:  # the header is Python's syntax, so its reader raises errors of many types
+        raise ImageError("truncated", f"the NumPy file's header is damaged ({error}); send the whole file") from error
+    axis = None
+    if len(shape) == 3:
+        axis = 2 if shape[0] > MAX_CHANNELS >= shape[2] else 0
+    channels = 1 if axis is None else shape[axis]
+    # An array of objects is a pickle, and would run code: refused here with all other types.
+    if dtype not in (np.dtype("u1"), np.dtype("<u2"), np.dtype(">u2")) or len(shape) not in (2, 3):
         raise ImageError(
-            "truncated", f"the {image.format} file is cut off or damaged ({error}); send the whole file"
-        ) from error
-    return _upright(image)
+            "unsupported",
+            f"the NumPy file holds {dtype.name} {list(shape[:5])}; expected one image, uint8 or uint16, as [C, H, W], "
+            "[H, W, C] or [H, W]",
+        )
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ImageError(
+            "unsupported", f"the NumPy file holds {list(shape)}, {channels} channels; expected 1 to {MAX_CHANNELS}"
+        )
+    height, width = (side for place, side in enumerate(shape) if place != axis)
+    return _Layout(channels, height, width, axis, stream.tell() + dtype.itemsize * channels * height * width)
+
+
+def _decode_npy(data: bytes, max_pixels: int) -> Picture:
+    layout = _read_layout(data)
+    _check_size(layout.width, layout.height, max_pixels)
+    if len(data) < layout.num_bytes:
+        raise ImageError(
+            "truncated",
+            f"the NumPy file is cut off: {len(data)} of {layout.num_bytes} bytes are there; send the whole file",
+        )
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    channels = array[None] if layout.channel_axis is None else np.moveaxis(array, layout.channel_axis, 0)
+    bands = tuple(_grey(channel) for channel in channels)
+    if len(bands) == 3:
+        return Image.merge("RGB", bands)
+    return bands[0] if len(bands) == 1 else bands
+
+
+def _grey(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> Image.Image:
+    """uint8 or uint16 [H, W] as a picture of mode L; 65535 becomes 255."""
+    if pixels.dtype.itemsize > 1:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def orientation(image: Image.Image) -> int:
@@ -110,21 +198,32 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image as 8-bit grey (`channels` 1) or RGB (`channels` 3).
+@overload
+def to_mode(image: Picture, channels: Literal[1, 3]) -> Image.Image: ...
+@overload
+def to_mode(image: Picture, channels: int) -> Picture: ...
+def to_mode(image: Picture, channels: int) -> Picture:
+    """The image with 8 bits and as many channels: grey (`channels` 1), RGB (3), or as it is where it has just so many.
 
-    Transparent pixels are composited over white, as a page would show them. 16-bit grey is scaled by 1/257, so that
-    65535 becomes 255. Colour profiles are not applied.
+    Grey becomes RGB and colour becomes grey; no other channels are made up or left out. Transparent pixels are
+    composited over white, as a page would show them. 16-bit grey is scaled by 1/257, so that 65535 becomes 255. Colour
+    profiles are not applied.
 
-    Errors: ImageError `unsupported` for pixels whose range is not known (32-bit and float); ValueError for other
-    numbers of channels.
+    Errors: ImageError `unsupported` for another number of channels, and for pixels whose range is not known (32-bit
+    and float).
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; image files give 1 (grey) or 3 (RGB)")
+    found = (1 if image.mode in _GREY_MODES else 3) if isinstance(image, Image.Image) else len(image)
+    if found != channels and not {found, channels} <= {1, 3}:
+        raise ImageError(
+            "unsupported",
+            f"the image has {found} channel{'s' if found > 1 else ''}, expected {channels}; save it as a NumPy file "
+            f"(.npy), uint8 or uint16 [{channels}, height, width]",
+        )
+    if not isinstance(image, Image.Image):
+        return image
     mode = "L" if channels == 1 else "RGB"
     if image.mode.startswith("I;16"):
-        deep = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        image = _grey(np.asarray(image))
     elif image.mode in ("I", "F"):
         raise ImageError(
             "unsupported", f"pixels of mode {image.mode} have no known range; save the picture with 8 or 16 bits"
@@ -138,7 +237,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB").convert(mode)
 
 
-def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def prepare(image: Picture, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Centre crop and antialiased bicubic resize to uint8 [C, H, W], the aspect kept.
 
     Crop and resize are one step, so that a very long picture is never blown up as a whole. Where nothing is to be
@@ -147,6 +246,10 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint
     Errors: as `to_mode`.
     """
     image = to_mode(image, preprocessing.channels)
+    if not isinstance(image, Image.Image):
+        # Channel by channel is what Pillow does with the colours of a picture, too.
+        alone = preprocessing.model_copy(update={"channels": 1})
+        return np.concatenate([prepare(band, alone) for band in image])
     size = (preprocessing.width, preprocessing.height)
     # Pixels of the source for each pixel of the target, so that the crop fits into the source on both sides.
     scale = preprocessing.crop_fraction * min(image.width / size[0], image.height / size[1])
@@ -157,6 +260,23 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint
         right, bottom = min(left + crop_width, image.width), min(top + crop_height, image.height)
         box = (max(left, 0.0), max(top, 0.0), right, bottom)
         image = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    return to_array(image)
+
+
+def picture_size(image: Picture) -> tuple[int, int]:
+    """Width and height."""
+    return image.size if isinstance(image, Image.Image) else image[0].size
+
+
+def to_array(image: Picture) -> NDArray[np.uint8]:
+    """The pixels of what `to_mode` gives, uint8 [C, H, W]."""
+    if not isinstance(image, Image.Image):
+        return np.stack([np.asarray(band) for band in image])
     # A copy: Pillow's own memory is read-only, and PyTorch warns of tensors that share such memory.
-    pixels = np.array(image, dtype=np.uint8).reshape(size[1], size[0], preprocessing.channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def shown(channels: _Channels) -> _Channels:
+    """Of the channels of an image those that a screen shows: the first three as red, green and blue, or one as grey."""
+    return channels[:3] if len(channels) >= 3 else channels[:1]

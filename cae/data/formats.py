@@ -1,12 +1,16 @@
 """What a file is by its first bytes: an image of a kind that is read, another image, or no image at all."""
 
+import io
 import struct
 from typing import Literal
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-HEAD_BYTES = 32
+import numpy as np
 
-Kind = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "other image"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+# The whole header of a NumPy file of one image.
+HEAD_BYTES = 128
+
+Kind = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "other image"]
 
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")
 # Two letters alone would make an image of any text that begins with them.
@@ -38,9 +42,23 @@ def image_kind(head: bytes) -> Kind | None:
         return "BMP"
     if head.startswith(_TIFF_MARKS):
         return "TIFF"
+    if head.startswith(b"\x93NUMPY"):
+        return "NPY" if _npy_is_image(head) else None
     heif = head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
     portable = len(head) > 2 and head[:1] == b"P" and head[1:2] in b"1234567" and head[2:3] in b" \t\r\n"
     return "other image" if heif or portable or head.startswith(_OTHER_MARKS) else None
+
+
+def _npy_is_image(head: bytes) -> bool:
+    """Whether a NumPy file holds what may be meant as an image: labels and features lie beside images, too."""
+    stream = io.BytesIO(head)
+    try:
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception:  # the header is Python's syntax, so its reader raises errors of many types
+        return False
+    # Three axes of another type are an image saved in a way that is not read, and its owner wants to know.
+    return len(shape) == 3 or (len(shape) == 2 and dtype.kind == "u" and dtype.itemsize <= 2)
 
 
 def tiff_is_cut_off(data: bytes) -> bool:

@@ -19,6 +19,8 @@ from cae.errors import NotReady, UserError
 
 Split = Literal["train", "val"]
 UNLABELLED = -1
+Picture = Image.Image | tuple[Image.Image, ...]
+"""A stored image: mode L for one channel, RGB for three, for another number one picture of mode L a channel."""
 SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int32()), ("image", pa.binary())])
 INDEX_NAME = "index.json"
 
@@ -131,11 +133,10 @@ class ImageShards:
         # Arrow would copy the mapped bytes into the pickle that goes to a loader worker.
         return {**self.__dict__, "_batches": {}}
 
-    def image(self, position: int) -> Image.Image:
-        """The decoded image, in mode L for one channel and RGB for three."""
+    def image(self, position: int) -> Picture:
+        """The decoded image."""
         batch, row = self._locate(position)
-        with Image.open(io.BytesIO(batch.column("image")[row].as_buffer())) as image:
-            return image.convert("L" if self.index.channels == 1 else "RGB")
+        return decode_stored(batch.column("image")[row].as_buffer(), self.index.channels)
 
     def key(self, position: int) -> str:
         batch, row = self._locate(position)
@@ -165,6 +166,14 @@ class ImageShards:
                     f"{path}: cannot be read as a shard ({error}); run `dvc repro --force prepare` to make it again"
                 ) from None
         return self._batches[shard]
+
+
+def decode_stored(data: bytes, channels: int) -> Picture:
+    """The image of a row: encoded by Pillow for 1 and 3 channels, else a NumPy file with uint8 [c, h, w]."""
+    if channels in (1, 3):
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("L" if channels == 1 else "RGB")
+    return tuple(Image.fromarray(band) for band in np.load(io.BytesIO(data), allow_pickle=False))
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from PIL import Image
 from timm.data import rand_augment_transform
 
 from cae.config import CropConfig, FinetuneConfig
+from cae.data.shards import Picture
+from cae.errors import UserError
 from cae.masking import MaskSampler
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-EvalTransform = Callable[[Image.Image], UInt8[np.ndarray, "c h w"]]
+EvalTransform = Callable[[Picture], UInt8[np.ndarray, "c h w"]]
 """Evaluation preprocessing; the pipeline passes the server's, so that the two cannot differ."""
 
 
@@ -57,24 +60,23 @@ class CropFlip:
     size_px: tuple[int, int]  # height, width
     config: CropConfig
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
         return self.views(image, rng, [self.size_px])[0]
 
-    def views(self, image: Image.Image, rng: np.random.Generator, sizes_px: list[tuple[int, int]]) -> list[Image.Image]:
+    def views(self, image: Picture, rng: np.random.Generator, sizes_px: list[tuple[int, int]]) -> list[Picture]:
         """The same crop and flip once for each size (height, width), each from the original."""
         height, width = self.size_px
-        box = random_crop_box(rng, image.size, self.config.crop_scale, width / height)
-        views = [_resized(image, box, size_px) for size_px in sizes_px]
-        if rng.random() < self.config.flip:
-            views = [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in views]
-        return views
+        size = image.size if isinstance(image, Image.Image) else image[0].size
+        box = random_crop_box(rng, size, self.config.crop_scale, width / height)
+        flips = rng.random() < self.config.flip
+        return [each_band(partial(_view, box=box, size_px=size_px, flips=flips), image) for size_px in sizes_px]
 
 
-def _resized(image: Image.Image, box: tuple[int, int, int, int], size_px: tuple[int, int]) -> Image.Image:
+def _view(image: Image.Image, box: tuple[int, int, int, int], size_px: tuple[int, int], flips: bool) -> Image.Image:
     height, width = size_px
-    if box == (0, 0, width, height) and image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if box != (0, 0, width, height) or image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flips else image
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class PretrainTransform:
     masks: MaskSampler
     target_px: tuple[int, int] | None = None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         visible, masked = self.masks(rng)
         sizes_px = {"images": self.crop.size_px} | ({"target_images": self.target_px} if self.target_px else {})
         views = self.crop.views(image, rng, list(sizes_px.values()))
@@ -102,7 +104,7 @@ class CropTransform:
 
     crop: CropFlip
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         return {"images": to_array(self.crop(image, rng))}
 
 
@@ -114,19 +116,31 @@ class FinetuneTransform:
         fill = tuple(round(255 * value) for value in mean)
         self.augment: Callable[[Image.Image], Image.Image] | None = None
         if config.rand_augment:
+            if len(mean) not in (1, 3):
+                raise UserError(
+                    f"finetune.rand_augment: {config.rand_augment} changes grey and colour images, and these have "
+                    f"{len(mean)} channels; set it to null"
+                )
             hparams = {"translate_const": int(min(size_px) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
             self.augment = rand_augment_transform(config.rand_augment, hparams)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> dict[str, Any]:
         image = self.crop(image, rng)
-        if self.augment:
+        if self.augment and isinstance(image, Image.Image):
             with seeded(int(rng.integers(2**32))):
                 image = self.augment(image)
         return {"images": to_array(image)}
 
 
-def to_array(image: Image.Image) -> UInt8[np.ndarray, "c h w"]:
+def each_band(change: Callable[[Image.Image], Image.Image], image: Picture) -> Picture:
+    """The change done to a picture, or to every channel of an image that is one picture a channel."""
+    return change(image) if isinstance(image, Image.Image) else tuple(change(band) for band in image)
+
+
+def to_array(image: Picture) -> UInt8[np.ndarray, "c h w"]:
     """Channels first, a copy that PyTorch may own."""
+    if not isinstance(image, Image.Image):
+        return np.stack([np.asarray(band) for band in image])
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 

@@ -86,7 +86,11 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_known_ones(
         ("export__opset", 17, "export.opset: input should be greater than or equal to 18, found 17"),
         ("tokenizer__kind", "dall", "tokenizer.kind: input should be 'dvae', 'pixels' or 'dalle', found 'dall'"),
         ("pretrain__mask__kind", "blok", "pretrain.mask.kind: input should be 'block' or 'random', found 'blok'"),
-        ("prepare__channels", 2, "prepare.channels: input should be 'auto', 1 or 3, found 2"),
+        (
+            "prepare__channels",
+            17,
+            "prepare.channels: input should be 'auto', 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, ",
+        ),
         ("pretrain__mask", 3, "pretrain.mask: input should be a valid dictionary"),
         ("pretrain__crop_scale", 0.5, "pretrain.crop_scale: input should be a valid tuple, found 0.5"),
         ("pretrain__crop_scale", ["a", 1], "pretrain.crop_scale.0: input should be a valid number, found 'a'"),

@@ -29,11 +29,11 @@ DIGITS = Findings(
     num_sampled=2000,
     sizes_px=np.full((2000, 2), 28),
     formats={"PNG": 2000},
-    grey=True,
+    channels=1,
     broken=[],
     decode_s=0.001,
 )
-PHOTOS = replace(DIGITS, num_train=50_000, sizes_px=np.full((2000, 2), 480), grey=False, formats={"JPEG": 2000})
+PHOTOS = replace(DIGITS, num_train=50_000, sizes_px=np.full((2000, 2), 480), channels=3, formats={"JPEG": 2000})
 FEW = replace(DIGITS, num_train=10, num_val=3, class_counts={})
 
 

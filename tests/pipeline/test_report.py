@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import pretrain, report, seeds
+from pipeline import figures, pretrain, report, seeds
 from pipeline.pictures import Studio, half_mass, psnr_db
 from pipeline.workspace import Workspace
 from tests.pipeline.conftest import STAGES, MakeWorkspace
@@ -134,6 +134,16 @@ def test_hidden_patches_of_a_completion_are_grey_and_the_others_untouched(finish
         visible = (completion.seen == unit) & (completion.completed == unit)
         assert bool((visible | (completion.seen == 0.5)).all())
         assert bool((completion.completed != unit).any())
+
+
+def test_rows_are_as_tall_as_their_images(tmp_path: Path) -> None:
+    heights = []
+    for height, width in ((32, 64), (32, 32), (64, 32)):
+        cells = [figures.Cell(np.zeros((5, height, width), np.uint8), "name")] * 3
+        figures.sheet(tmp_path / "sheet.png", [("row", cells)] * 4)
+        with Image.open(tmp_path / "sheet.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] < 0.7 * heights[1] < 0.7 * 0.7 * heights[2]
 
 
 def test_a_sample_takes_the_classes_in_turn(finished: Workspace) -> None:

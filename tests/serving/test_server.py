@@ -66,6 +66,12 @@ def encoded(pixels: NDArray[np.uint8], format: str = "PNG", **options: Any) -> b
     return buffer.getvalue()
 
 
+def npy(pixels: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    return buffer.getvalue()
+
+
 def array(response: httpx.Response) -> NDArray[Any]:
     assert response.status_code == 200, response.text
     loaded: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
@@ -251,6 +257,39 @@ def test_grey_bundles_take_and_give_grey(tmp_path: Path, random_pixels: Pixels) 
             assert "capabilities" in refused(response, 404, "capability_absent")["message"]
 
 
+def test_any_number_of_channels_comes_as_a_numpy_file(tmp_path: Path, random_pixels: Pixels, png: bytes) -> None:
+    folder = write_tiny_bundle(tmp_path / "bundle", channels=13, size=(24, 32))
+    pixels = random_pixels(13, 24, 32)
+    body = npy(pixels)
+    visible, masked = random_mask(12, DEFAULT_MASK_RATIO, 0)
+    reconstruction = expected_reconstruction(pixels[None], visible[None], masked[None])
+    with running(folder, tmp_path / "log", {}) as server, httpx.Client(base_url=server.url) as client:
+        # 16 bits, channels last, any type of body: the same pixels.
+        deep = npy(pixels.transpose(1, 2, 0).astype(np.uint16) * 257)
+        for content, content_type in ((body, NPY["Accept"]), (deep, NPY["Accept"]), (body, "image/x-anything")):
+            headers = {**NPY, "Content-Type": content_type}
+            patches = array(client.post("/embed", content=content, params={"outputs": "patches"}, headers=headers))
+            np.testing.assert_allclose(patches, expected_features(pixels[None])["patches"], atol=1e-6)
+        got = array(client.post("/reconstruct", content=body, headers=NPY))
+        np.testing.assert_allclose(got, reconstruction, atol=1e-6)
+        drawn = picture(client.post("/reconstruct", content=body, params={"view": "side_by_side"}))
+        assert drawn.shape == (3, 24, 96)
+        np.testing.assert_array_equal(drawn[..., :32], pixels[:3])
+        error = refused(client.post("/embed", content=png), 415, "image_unsupported")
+        assert "3 channels, expected 13" in error["message"]
+        assert ".npy" in error["hint"]
+        refused(client.post("/embed", content=body[:-1]), 415, "image_truncated")
+        refused(client.post("/embed", content=npy(pixels.astype(np.float32))), 415, "image_unsupported")
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_numpy_file_of_three_channels_is_a_colour_image(http: httpx.Client, image: NDArray[np.uint8]) -> None:
+    answer = array(http.post("/embed", content=npy(image), headers={**NPY, "Content-Type": "application/x-npy"}))
+    np.testing.assert_allclose(answer, expected_features(image[None])["pooled"], atol=1e-6)
+    error = refused(http.post("/embed", content=npy(image[:2])), 415, "image_unsupported")
+    assert "2 channels, expected 3" in error["message"]
+
+
 # Refusals
 
 
@@ -426,7 +465,9 @@ def test_openapi_describes_raw_images_and_every_field(http: httpx.Client) -> Non
     assert set(paths) == {"/embed", "/reconstruct", "/info", "/health/live", "/health/ready"}
     for path, fields in (("/embed", {"outputs"}), ("/reconstruct", {"mask_ratio", "seed", "skip_regressor", "view"})):
         operation = paths[path]["post"]
-        assert operation["requestBody"]["content"]["image/*"]["schema"] == {"type": "string", "format": "binary"}
+        for body in ("image/*", "application/x-npy"):
+            assert operation["requestBody"]["content"][body]["schema"] == {"type": "string", "format": "binary"}
+        assert "[C, H, W]" in operation["requestBody"]["description"]
         assert {parameter["name"] for parameter in operation["parameters"]} == fields
         assert {"200", "400", "404", "406", "413", "415", "422", "503"} <= set(operation["responses"])
         assert "application/x-npy" in operation["responses"]["200"]["content"]

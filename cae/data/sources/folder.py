@@ -14,7 +14,8 @@ from cae.errors import UserError
 class Folder:
     """Every image file below a folder. Class sub-folders give labels; images directly in the folder have none.
 
-    A file is an image by its first bytes, or is meant as one by its suffix; every other file is a stray. Where the top
+    A file is an image by its first bytes, or is meant as one by its suffix; every other file is a stray. The suffix
+    .npy says nothing, for labels and features have it too. Where the top
     has `train/` and otherwise only `val/`, `valid/`, `validation/` or `test/`, these are the split; of several
     validation folders the first of that list is used and the others are left out with a warning. With `train/` alone
     the split is drawn as usual. A folder in which nothing begins like an image is neither class nor split.
@@ -35,7 +36,8 @@ class Folder:
                 image_keys.add(key)
         if not self.keys:
             raise UserError(
-                f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path"
+                f"prepare.source: {folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}; or .npy with "
+                "uint8 or uint16 [C, H, W]); check the path"
             )
         self._choose_split({key.split("/")[0] for key in image_keys})
         image_keys &= set(self.keys)

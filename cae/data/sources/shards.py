@@ -122,9 +122,10 @@ def _index(path: Path) -> tuple[dict[str, list[_Part]], Unusable | None]:
 
 
 def _image_of(parts: Iterable[_Part]) -> _Part | None:
-    """`jpg` before `seg.png`, which is another picture of the same sample."""
+    """`jpg` before `seg.png`, which is another picture of the same sample; `npy`, often its features, comes last."""
     ranked = [part for part in parts if part.extension in IMAGE_EXTENSIONS]
-    return next(iter(ranked), next((p for p in parts if p.extension.rpartition(".")[2] in IMAGE_EXTENSIONS), None))
+    ranked += [part for part in parts if part.extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    return next(iter(ranked + [part for part in parts if part.extension == "npy"]), None)
 
 
 def _label_of(parts: list[_Part], path: Path, key: str) -> str | None:
