@@ -14,6 +14,7 @@ import typer
 from cae.errors import UserError
 from pipeline import failures
 from pipeline.exit_codes import ExitCode, epilog
+from pipeline.plan_command import plan
 from pipeline.profile_commands import profile
 
 if TYPE_CHECKING:
@@ -370,6 +371,7 @@ def doctor(
         raise typer.Exit(ExitCode.DOCTOR)
 
 
+app.command(rich_help_panel=LOOK)(plan)
 app.add_typer(profile, name="profile", rich_help_panel=START)
 
 
