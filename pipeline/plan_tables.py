@@ -48,8 +48,8 @@ OTHER_TARGETS = {
 }
 DALLE_NOTE = "¹ 26.06 GMAC for the tokenizer, counted once over the published encoder's convolutions."
 BF16_NOTE = (
-    "² Autocast as on a CPU: with the attention weights, which a fused kernel of a GPU does not keep. No memory has been "
-    "measured on a GPU."
+    "² Autocast as on a CPU: with the casts of the weights, and with the attention weights, which a fused kernel of a "
+    "GPU does not keep. No memory has been measured on a GPU."
 )
 
 
@@ -151,7 +151,7 @@ def _time_table(plans: Sequence[Plan], machine: Machine) -> Table:
 
 def _notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
     notes = [
-        "Counted: matrix products and convolutions, those of attention too. A MAC is 2 FLOP; ×3 is forward and backward.",
+        "Counted: matrix products and convolutions, attention's too. A MAC is 2 FLOP; ×3 is forward and backward.",
         BF16_NOTE,
     ]
     if any("dalle" in plan.arithmetic.other_targets for plan in plans):
@@ -167,7 +167,7 @@ def _notes(plans: Sequence[Plan], machine: Machine) -> list[str]:
     elif speed.origin == "measured":
         notes.append("images/s: measured by the last `cae-pipe pretrain` here (metrics/efficiency/pretrain.json).")
     elif speed.utilization is not None:
-        notes.append(f"Given: {speed.utilization:.1%} of the peak of {machine.tflops:g} TFLOP/s.")
+        notes.append(f"As given: {speed.utilization:.1%} of the bf16 peak of {machine.tflops:g} TFLOP/s.")
     if machine.devices > 1:
         notes.append(f"Assumed: {machine.devices} devices are {machine.devices} times as fast as one.")
     if any(plan.num_images is None for plan in plans):
@@ -197,14 +197,14 @@ def _paper_table(rows: Sequence[Table10Row], utilization: float) -> Table:
 def _differences(cae: Plan) -> list[str]:
     counted = count_memory(cae.params, cae.channels, TABLE_10_BATCH // TABLE_10_GPUS).total("bf16")
     return [
-        f"Hours and MiB are the paper's, the rest follows from them. Peak: {PEAK_TFLOPS['a100']:g} TFLOP/s. BEiT and CAE "
-        "with DALL-E as the tokenizer; the paper does not say which one this table had.",
+        f"Hours and MiB are the paper's, the rest follows from them. Peak: {PEAK_TFLOPS['a100']:g} TFLOP/s. BEiT and "
+        "CAE with DALL-E as the tokenizer; the paper does not say which one this table had.",
         "A prediction from arithmetic is shorter. A step of MAE has little more than a third of CAE's arithmetic, and "
         "took four fifths of the time: something else set the pace, such as reading and augmenting images, waiting "
         "for the device and unfused attention. To take that in, give a --utilization or --images-per-s as measured.",
         f"Memory: {counted / MIB:,.0f} MiB are counted here for {TABLE_10_BATCH // TABLE_10_GPUS} images a GPU, bf16. "
         "The paper's figure also holds what is not counted: the official code's second copy of the encoder, buffers "
-        "for the exchange of gradients, attention unfused, working space of kernels.",
+        "for the exchange of gradients, working space of kernels.",
     ]
 
 
