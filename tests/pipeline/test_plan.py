@@ -166,7 +166,7 @@ def test_a_tokenizer_that_needs_more_than_the_step_decides_the_memory() -> None:
     memory = costs.count_memory(paper("s"), channels=3, batch_size=64)
     resident = memory.weights + memory.gradients + memory.moments
     # Two values of the first convolution, before and after the ReLU, at full size.
-    assert memory.tokenizer > 2 * 64 * 256 * 224 * 224 * 4
+    assert memory.tokenizer == pytest.approx(2 * 64 * 256 * 224 * 224 * 4, rel=0.01)
     assert memory.total("bf16") == resident + memory.tokenizer > resident + memory.activations["bf16"]
 
 
