@@ -18,22 +18,23 @@ class PeakName(StrEnum):
 def plan(
     profile: Annotated[
         list[str] | None,
-        typer.Option(help="One of `cae-pipe profile list`; more than one side by side. [default: params.yaml]"),
+        typer.Option(help="One of `cae-pipe profile list`; more than one side by side.", show_default="params.yaml"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images of a step, over all devices. [default: the profile's]")
+        int | None, typer.Option(min=1, help="Images of a step, over all devices.", show_default="the profile's")
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many devices share a step.")] = 1,
     device: Annotated[PeakName | None, typer.Option(help="Which device, for its dense bf16 peak.")] = None,
     device_tflops: Annotated[float | None, typer.Option(help="Or its peak in TFLOP/s, dense.")] = None,
     utilization: Annotated[
-        float | None, typer.Option(help="Share of the peak that a run reaches, 0 to 1. [default: 0.3, an assumption]")
+        float | None,
+        typer.Option(help="Share of the peak that a run reaches, 0 to 1.", show_default="0.3, an assumption"),
     ] = None,
     images_per_s: Annotated[
         float | None, typer.Option(help="Instead of a peak: images a second of one device, measured.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Training images. [default: as prepared, else what the source has]")
+        int | None, typer.Option(min=1, help="Training images.", show_default="as prepared, else what the source has")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs in place of the tables.")] = False,
 ) -> None:
