@@ -15,6 +15,7 @@ from cae.errors import UserError
 from pipeline import failures
 from pipeline.exit_codes import ExitCode, epilog
 from pipeline.import_commands import imports
+from pipeline.plan_command import plan
 from pipeline.profile_commands import profile
 from pipeline.stage_commands import stages
 
@@ -281,6 +282,7 @@ def doctor(
 
 
 app.add_typer(stages)
+app.command(rich_help_panel=LOOK)(plan)
 app.add_typer(profile, name="profile", rich_help_panel=START)
 app.add_typer(imports, name="import", rich_help_panel=START)
 

@@ -26,12 +26,15 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class DalleSizes(Section):
-    """What fixes the shapes of encoder and decoder. The published files: 8192, 256, 128, 2."""
+    """What fixes the shapes of encoder and decoder."""
 
     vocab_size: Count
     hidden_width: Count  # of the first group of the encoder; it doubles from group to group
     code_width: Count  # of the decoder's first layer, a table of codes
     num_res_blocks: Count  # in each of the four groups
+
+
+PUBLISHED_SIZES = DalleSizes(vocab_size=8192, hidden_width=256, code_width=128, num_res_blocks=2)
 
 
 class DalleArchitecture(DalleSizes):

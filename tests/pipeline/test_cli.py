@@ -74,7 +74,7 @@ def test_every_command_and_option_says_what_it_is(name: str) -> None:
     assert [param.name for param in COMMANDS[name].params if not getattr(param, "help", None)] == []
 
 
-@pytest.mark.parametrize("name", ["embed", "reconstruct", "similar", "serve", "export"])
+@pytest.mark.parametrize("name", ["embed", "reconstruct", "similar", "serve", "export", "plan"])
 def test_help_has_examples_that_parse(name: str) -> None:
     lines = [line.strip() for line in COMMANDS[name].help.splitlines()]
     examples = [line.split()[2:] for line in lines if line.startswith(f"cae-pipe {name}")]
