@@ -34,6 +34,10 @@ def official(
     ] = None,
     mean: MeanOption = None,
     std: StdOption = None,
+    dalle: Annotated[
+        Path | None,
+        typer.Option(help="Folder that `import dalle` wrote: the target of the decoder, for reconstructions."),
+    ] = None,
 ) -> None:
     """A pretrained CAE, or a fine-tuned encoder, of the official release.
 
@@ -42,12 +46,30 @@ def official(
 
     \\b
     Examples:
-      cae-pipe import official cae_base_1600ep.pth --out imported/cae-b
+      cae-pipe import official cae_base_1600ep.pth --out imported/cae-b --dalle data/dalle
       cae-pipe export --checkpoint imported/cae-b --out bundle
     """
     from pipeline import imports as work
 
-    work.official(checkpoint, out, num_heads, predictor_heads, _numbers("--mean", mean), _numbers("--std", std))
+    statistics = _numbers("--mean", mean), _numbers("--std", std)
+    work.official(checkpoint, out, num_heads, predictor_heads, *statistics, dalle)
+
+
+@imports.command("dalle")
+def dalle_tokenizer(
+    encoder: Annotated[Path, typer.Argument(help="encoder.pkl as published, or a state dict.")],
+    decoder: Annotated[Path, typer.Argument(help="decoder.pkl as published, or a state dict.")],
+    out: Annotated[Path, typer.Option(help="Folder for encoder.safetensors and decoder.safetensors.")],
+) -> None:
+    """The DALL-E tokenizer, which the paper's CAE* predicts; for `tokenizer.kind: dalle` and `import official --dalle`.
+
+    \b
+    Example:
+      cae-pipe import dalle encoder.pkl decoder.pkl --out data/dalle
+    """
+    from pipeline import import_dalle
+
+    import_dalle.run(encoder, decoder, out)
 
 
 @imports.command("timm")

@@ -4,23 +4,26 @@ import difflib
 import json
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 from torch import Tensor
 
-from cae.config import TimmSource
+from cae.config import DALLE_PATCH_PX, Architecture, TimmSource
 from cae.data.shards import file_sha256
 from cae.errors import UserError
 from cae.foreign import read_state
 from cae.model import AnyEncoder, ContextAutoencoder
 from cae.normalization import Normalization
-from cae.official import from_official, summary
+from cae.official import Imported, from_official, summary
+from cae.targets.dalle import DalleTarget
+from cae.targets.files import save_target
 from cae.timm_encoder import TimmEncoder, architecture_of, create
 from cae.timm_weights import from_timm
 from cae.weights import describe, save_trained
+from pipeline.dalle import build as dalle_target
 from pipeline.export import check_free
-from pipeline.workspace import published
+from pipeline.workspace import TARGET_NAME, published
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,15 @@ def official(
     predictor_heads: int | None,
     mean: list[float] | None,
     std: list[float] | None,
+    dalle: Path | None,
 ) -> None:
-    """Write a checkpoint of the official release to `out`; UserError, and nothing written, where it is not one."""
+    """Write a checkpoint of the official release to `out`; UserError, and nothing written, where it is not one.
+
+    `dalle` is a folder with the tokenizer that its decoder predicts, which is then written beside it.
+    """
     check_free(out, "*.safetensors")
     imported = from_official(read_state(checkpoint), checkpoint, num_heads, predictor_heads)
+    target = _dalle_target(dalle, imported) if dalle else None
     channels = imported.architecture.channels
     normalization = _normalization(IMAGENET if channels == 3 else None, mean, std, channels)
     origin = {
@@ -61,7 +69,7 @@ def official(
     }
     description = describe(imported.architecture, normalization, OFFICIAL_EVAL_CROP, origin)
     logger.info("%s: %d keys used; dropped: %s", checkpoint, imported.num_used, summary(imported.dropped) or "none")
-    _write(out, imported.model, description)
+    _write(out, imported.model, description, target)
 
 
 def from_timm_model(
@@ -95,9 +103,35 @@ def from_timm_model(
     _write(out, encoder, description)
 
 
-def _write(out: Path, model: ContextAutoencoder | AnyEncoder, description: dict[str, Any]) -> None:
+def _dalle_target(folder: Path, imported: Imported) -> DalleTarget:
+    architecture = imported.architecture
+    if not isinstance(architecture, Architecture):
+        raise UserError("--dalle: this checkpoint is an encoder without a decoder, so it predicts no tokens")
+    if architecture.patch_size % DALLE_PATCH_PX or architecture.channels not in (1, 3):
+        raise UserError(
+            f"--dalle: patches of {architecture.patch_size} px and {architecture.channels} channels; expected a "
+            f"multiple of {DALLE_PATCH_PX} px, and 1 or 3 channels"
+        )
+    encoder, decoder = folder / "encoder.safetensors", folder / "decoder.safetensors"
+    channels: Literal[1, 3] = 1 if architecture.channels == 1 else 3
+    target = dalle_target(encoder, decoder, channels, architecture.patch_size, architecture.grid)
+    if target.num_outputs != architecture.num_outputs:
+        raise UserError(
+            f"--dalle: {folder} has {target.num_outputs} codes, the decoder predicts {architecture.num_outputs}"
+        )
+    return target
+
+
+def _write(
+    out: Path,
+    model: ContextAutoencoder | AnyEncoder,
+    description: dict[str, Any],
+    target: DalleTarget | None = None,
+) -> None:
     with published(out) as folder:
         save_trained(folder, model, description)
+        if target:
+            save_target(folder / TARGET_NAME, target, {})
     sizes = description["architecture"]
     rows, columns = sizes["grid"]
     logger.info(

@@ -14,6 +14,7 @@ from cae.data.shards import Index
 from serving.preprocess import Preprocessing
 
 PRETRAINED = "models/pretrain"
+TARGET_NAME = "target.safetensors"
 # Whose metrics describe a model, in the order of the pipeline.
 METRIC_STAGES = (
     "prepare",
@@ -67,7 +68,7 @@ class Workspace:
 
     @property
     def target(self) -> Path:
-        return self.root / "models/tokenizer/target.safetensors"
+        return self.root / "models/tokenizer" / TARGET_NAME
 
     @property
     def pretrained(self) -> Path:

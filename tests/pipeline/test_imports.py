@@ -23,6 +23,7 @@ from pipeline.graphs import EncoderGraph
 from pipeline.inference import embed
 from pipeline.workspace import Workspace
 from serving.bundle import Bundle, CapabilityError
+from tests.dalle_files import small_target, write_published
 from tests.official import GRID, finetuned_state, official_state
 from tests.pipeline.command import cae_pipe
 from tests.pipeline.conftest import MakeWorkspace
@@ -59,7 +60,7 @@ def write_official(path: Path, state: dict[str, Tensor]) -> Path:
 
 def import_official(folder: Path, state: dict[str, Tensor]) -> Path:
     checkpoint = write_official(folder / "official.pth", state)
-    imports.official(checkpoint, folder / "imported", 4, 2, None, None)
+    imports.official(checkpoint, folder / "imported", 4, 2, None, None, None)
     return folder / "imported"
 
 
@@ -110,6 +111,28 @@ def test_with_its_target_beside_it_an_official_checkpoint_reconstructs(bare: Wor
     assert bundle.info.default_mask_ratio == 0.5
 
 
+def test_with_the_dalle_tokenizer_an_official_checkpoint_reconstructs(bare: Workspace, tmp_path: Path) -> None:
+    tokenizer = small_target()
+    encoder, decoder = write_published(tmp_path, tokenizer)
+    done = cae_pipe("import", "dalle", str(encoder), str(decoder), "--out", "dalle", cwd=bare.root)
+    assert done.returncode == 0, done.stderr
+    state = official_state(patch_size=16, vocab_size=tokenizer.num_outputs)
+    checkpoint, dalle = write_official(tmp_path / "official.pth", state), bare.root / "dalle"
+    imports.official(checkpoint, tmp_path / "imported", 4, 2, None, None, dalle)
+    assert export.export(bare, tmp_path / "imported", tmp_path / "bundle", {}).token_agreement >= 0.999
+    bundle = Bundle.open(tmp_path / "bundle", "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 16 * GRID[0], 16 * GRID[1]), dtype=np.uint8)
+    _, visible, masked = bundle.random_mask(None, seed=0)
+    completed = bundle.reconstruct(images, visible[None].repeat(2, 0), masked[None].repeat(2, 0))
+    assert completed.shape == images.shape
+    wrong = write_official(tmp_path / "wrong.pth", official_state(patch_size=16, vocab_size=5))
+    with pytest.raises(UserError, match=rf"--dalle: .*dalle has {tokenizer.num_outputs} codes, the decoder predicts 5"):
+        imports.official(wrong, tmp_path / "other", 4, 2, None, None, dalle)
+    small = write_official(tmp_path / "small.pth", official_state(patch_size=4))
+    with pytest.raises(UserError, match="--dalle: patches of 4 px and 3 channels; expected a multiple of 8 px"):
+        imports.official(small, tmp_path / "other", 4, 2, None, None, dalle)
+
+
 def test_a_finetuned_official_encoder_is_exported(bare: Workspace, tmp_path: Path) -> None:
     weights = import_official(tmp_path, finetuned_state())
     export.export(bare, weights, tmp_path / "bundle", {})
@@ -118,12 +141,12 @@ def test_a_finetuned_official_encoder_is_exported(bare: Workspace, tmp_path: Pat
 
 def test_mean_and_std_may_be_told_and_must_fit(tmp_path: Path) -> None:
     checkpoint = write_official(tmp_path / "official.pth", official_state())
-    imports.official(checkpoint, tmp_path / "imported", 4, 2, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    imports.official(checkpoint, tmp_path / "imported", 4, 2, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6], None)
     assert load_trained(tmp_path / "imported").normalization == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     with pytest.raises(UserError, match=r"--mean: 1 values for 3 channels"):
-        imports.official(checkpoint, tmp_path / "other", 4, 2, [0.1], None)
+        imports.official(checkpoint, tmp_path / "other", 4, 2, [0.1], None, None)
     with pytest.raises(UserError, match=r"--std: 0\.0 must be above 0"):
-        imports.official(checkpoint, tmp_path / "other", 4, 2, None, [0.1, 0.0, 0.1])
+        imports.official(checkpoint, tmp_path / "other", 4, 2, None, [0.1, 0.0, 0.1], None)
 
 
 class Planted:
