@@ -205,7 +205,9 @@ def _without_regressor(studio: Studio, sample: Sample, drawings: Path) -> Sectio
     )
 
 
-def _class_attention(studio: Studio, sample: Sample, drawings: Path) -> Section:
+def _class_attention(studio: Studio, sample: Sample, drawings: Path) -> Section | None:
+    if not studio.encoder.encoder.has_attention:
+        return None
     rows = [
         ("image", figures.columns_of(sample.images)),
         ("pretrained", figures.columns_of(sample.images, studio.class_attention(sample.images))),

@@ -18,7 +18,7 @@ from cae.foreign import read_state
 from cae.targets.files import save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
 from cae.weights import load_trained
-from pipeline import export, export_formats, finetune, imports, pretrain, probe
+from pipeline import export, export_formats, finetune, imports, pretrain, probe, report
 from pipeline.graphs import EncoderGraph
 from pipeline.inference import embed
 from pipeline.workspace import Workspace
@@ -283,6 +283,11 @@ def test_pretraining_starts_from_a_timm_encoder_and_is_exported(
     assert 0 < moved < 0.1, "a few steps from the given weights, not from random ones"
     export.run(workspace)
     assert Bundle.open(workspace.bundle, "cpu").info.capabilities.reconstruct
+    if kind == "average pooling":
+        report.run(workspace)
+        page = (workspace.report / "index.html").read_text()
+        assert 'id="completions"' in page
+        assert 'id="class-attention"' not in page
 
 
 @pytest.mark.parametrize(
