@@ -65,7 +65,9 @@ def read_file(path: Path, shells: Sequence[tuple[Any, str]] = ()) -> Any:
                 "its state dict with that code (torch.save(module.state_dict(), ...)) and give that file"
             ) from None
         raise UserError(f"{path}: a pickle, but none that torch.save wrote; expected a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError):
+    except (MemoryError, OSError):
+        raise
+    except Exception:
         # Messages of torch about bytes that are no checkpoint say nothing to the reader.
         raise UserError(f"{path}: not a checkpoint, or damaged; copy or download it again") from None
 
@@ -92,4 +94,12 @@ def state_in(content: Any, path: Path) -> dict[str, Tensor]:
             f"{type(content[wrong[0]]).__name__}"
         )
     # Distributed wrappers leave their mark on every name.
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    if len(state) < len(content):
+        raise UserError(f"{path}: holds the same names with and without `module.` before them; expected one of the two")
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(f"{path}: {key} is a {value.dtype} {value.layout} tensor; expected plain real numbers")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: {key} holds values that are not finite; the checkpoint is damaged")
+    return state

@@ -42,6 +42,7 @@ TOLERANCE = 1e-5
 # The layer scale that training starts from; weights that were read replace it.
 LAYER_SCALE, LARGE_LAYER_SCALE = 0.1, 1e-5
 PREDICTOR_HEADS = 12
+MAX_CHANNELS = 16
 NAMED_SIZES = {(12, 384): "vit_small", (12, 768): "vit_base", (24, 1024): "vit_large"}
 MAX_NAMED = 3
 
@@ -106,24 +107,24 @@ class _Reader:
                 f"fine-tuned encoder of it (found {len(self.state)} keys such as {', '.join(sorted(self.state)[:3])})"
             )
         shape = tuple(self.state[key].shape)
-        if len(shape) != num_dims:
-            raise UserError(f"{self.path}: {key} has shape {list(shape)}; expected {num_dims} dimensions")
+        if len(shape) != num_dims or not all(shape):
+            raise UserError(f"{self.path}: {key} has shape {list(shape)}; expected {num_dims} dimensions of at least 1")
         return shape
 
     def depth(self, prefix: str) -> int:
         """Number of blocks below a name."""
-        numbers = [int(match[1]) for key in self.state if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))]
-        if not numbers:
-            raise UserError(f"{self.path}: {prefix}.0 is missing; expected at least one block below {prefix}")
-        return max(numbers) + 1
+        numbers = {int(match[1]) for key in self.state if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))}
+        absent = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if absent < max(len(numbers), 1):
+            raise UserError(f"{self.path}: {prefix}.{absent} is missing; expected blocks numbered from 0 on")
+        return len(numbers)
 
     def check_table(self, key: str, grid: tuple[int, int], width: int) -> None:
         """Drop a table of positions, if it is the formula."""
         table = self.drop(key, "a fixed table of positions, which is computed")
         if table is None:
             return
-        expected = sincos_positions(grid, width)
-        if table.shape[1:] != expected.shape or (table[0].float() - expected).abs().max() > TOLERANCE:
+        if not _is_table(table, grid, width):
             raise UserError(
                 f"{self.path}: {key} is not the 2-D sin-cos table of a {grid[0]} x {grid[1]} grid and width {width}; "
                 "learned positions are not part of CAE"
@@ -171,7 +172,7 @@ class _Reader:
 
 
 def _pretrained(reader: _Reader, num_heads: int | None, predictor_heads: int | None) -> Imported:
-    width, channels, patch_size, _ = reader.size("encoder.patch_embed.proj.weight", 4)
+    width, channels, patch_size = _projection(reader, "encoder.patch_embed.proj.weight")
     predictor_width = reader.size("mask_token", 3)[2]
     num_outputs = reader.size("decoder.head.weight", 2)[0]
     grid = _grid(reader, ("encoder.pos_embed", "rd_pos_embed"))
@@ -201,7 +202,7 @@ def _pretrained(reader: _Reader, num_heads: int | None, predictor_heads: int | N
 
 
 def _finetuned(reader: _Reader, num_heads: int | None) -> Imported:
-    width, channels, patch_size, _ = reader.size("patch_embed.proj.weight", 4)
+    width, channels, patch_size = _projection(reader, "patch_embed.proj.weight")
     grid = _grid(reader, ("pos_embed",))
     tables = [key for key in reader.state if key.endswith("attn.relative_position_bias_table")]
     for key in [key for key in reader.state if key.endswith("relative_position_index")]:
@@ -228,6 +229,17 @@ def _finetuned(reader: _Reader, num_heads: int | None) -> Imported:
     return Imported(model, architecture, reader.dropped, reader.load_into(model))
 
 
+def _projection(reader: _Reader, key: str) -> tuple[int, int, int]:
+    """Width, channels and patch size."""
+    width, channels, *patch = reader.size(key, 4)
+    if patch[0] != patch[1] or channels > MAX_CHANNELS:
+        raise UserError(
+            f"{reader.path}: {key} has shape {[width, channels, *patch]}; expected square patches of at most "
+            f"{MAX_CHANNELS} channels"
+        )
+    return width, channels, patch[0]
+
+
 def _grid(reader: _Reader, keys: tuple[str, ...]) -> tuple[int, int]:
     """Rows and columns out of the tables of positions; of the grids with as many patches the one whose table it is."""
     found = [key for key in keys if key in reader.state]
@@ -238,10 +250,18 @@ def _grid(reader: _Reader, keys: tuple[str, ...]) -> tuple[int, int]:
     grids = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
     # The square one first, or the one that is nearest to it.
     grids.sort(key=lambda grid: abs(grid[0] - grid[1]))
-    table = reader.state[found[0]][0].float()
-    fitting = (g for g in grids if width % 4 == 0 and (table - sincos_positions(g, width)).abs().max() <= TOLERANCE)
+    if not grids:
+        raise UserError(f"{reader.path}: {found[0]} has {num_tokens} positions; expected the class token and patches")
     # Where none fits `check_table` tells of it.
-    return next(fitting, grids[0])
+    return next((grid for grid in grids if _is_table(reader.state[found[0]], grid, width)), grids[0])
+
+
+def _is_table(table: Tensor, grid: tuple[int, int], width: int) -> bool:
+    """Whether a table of positions is the formula, in the precision that it is stored with."""
+    if width % 4 or not table.is_floating_point():
+        return False
+    expected = sincos_positions(grid, width)[None].to(table.dtype)
+    return table.shape == expected.shape and float((table - expected).abs().max()) <= TOLERANCE
 
 
 def _layer_scale(width: int) -> float:

@@ -45,7 +45,10 @@ def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, only keys())
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); expected {expected} weights") from None
+        raise UserError(
+            f"{path}: not a safetensors file ({error}); expected {expected} weights, and `cae-pipe import` reads those "
+            "of other software"
+        ) from None
     if metadata.get("kind") not in kinds:
         found = metadata.get("kind", "foreign")
         hint = "; `cae-pipe import` reads those of other software" if found == "foreign" else ""

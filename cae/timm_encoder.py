@@ -32,12 +32,16 @@ class TimmEncoder(nn.Module):
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Patch embeddings with positions, for all patches in row-major order."""
-        if type(self.model) is not VisionTransformer:
-            raise UserError(
-                f"{type(self.model).__name__}: only timm's plain VisionTransformer can be pretrained further, for CAE "
-                "shows the encoder a part of the patches; this one can be probed, fine-tuned and exported"
-            )
+        self.check_masking()
         return self.model._pos_embed(self.model.patch_embed(images))[:, self.model.num_prefix_tokens :]
+
+    def check_masking(self) -> None:
+        """Raise UserError where the model cannot encode a part of the patches."""
+        if type(self.model) is not VisionTransformer or self.model.dynamic_img_size:
+            raise UserError(
+                f"{type(self.model).__name__}: only timm's plain VisionTransformer of a fixed size can be pretrained "
+                "further, for CAE shows the encoder a part of the patches; this one can be probed, fine-tuned, exported"
+            )
 
     def encode(self, embedded: Float[Tensor, "b v d"], use_drop_path: bool = True) -> Float[Tensor, "b p+v d"]:
         """Representations of the class token, where there is one, and of the embedded patches."""
@@ -74,6 +78,8 @@ class TimmEncoder(nn.Module):
 
 def create(source: TimmSource, drop_path: float = 0.0) -> nn.Module:
     """The model that `source` names, with random weights and without a head; UserError for what timm cannot build."""
+    if not timm.is_model(source.name):
+        raise UserError(f"{source.name}: not a model of timm {timm.__version__}; `timm.list_models('vit*')` lists them")
     options = {**source.args, **({"drop_path_rate": drop_path} if drop_path else {})}
     try:
         return timm.create_model(source.name, pretrained=False, num_classes=0, **options)

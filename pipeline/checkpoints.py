@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from cae.config import EncoderArchitecture
+from cae.config import Architecture, EncoderArchitecture
 from cae.data.shards import file_sha256
 from cae.errors import UserError
 from cae.targets.files import AnyTarget, load_target
@@ -46,7 +46,23 @@ def preprocessing_of(trained: Trained) -> Preprocessing:
 def find_target(workspace: Workspace, path: Path, trained: Trained) -> AnyTarget | None:
     """What the decoder of `path` predicts, as `find_target_file`."""
     file = find_target_file(workspace, path, trained)
-    return load_target(file) if file else None
+    if file is None:
+        return None
+    target, architecture = load_target(file), trained.architecture
+    assert isinstance(architecture, Architecture)
+    theirs = target.num_outputs, target.architecture.grid, target.architecture.patch_size, target.architecture.channels
+    ours = architecture.num_outputs, architecture.grid, architecture.patch_size, architecture.channels
+    if theirs != ours:
+        raise UserError(
+            f"{file}: a target of {_words(theirs)}; the decoder of {path} predicts one of {_words(ours)}. Put the "
+            "right one there, or take this one away to export the encoder alone"
+        )
+    return target
+
+
+def _words(sizes: tuple[int, tuple[int, int], int, int]) -> str:
+    num_outputs, (rows, columns), patch_size, channels = sizes
+    return f"{num_outputs} values for each of {rows} x {columns} patches of {patch_size} px, {channels} channels"
 
 
 def find_target_file(workspace: Workspace, path: Path, trained: Trained) -> Path | None:

@@ -28,6 +28,7 @@ from serving.masks import random_mask
 
 logger = logging.getLogger(__name__)
 
+BUNDLE_FILES = {"bundle.json", "MODEL_CARD.md", "encoder.onnx", "reconstructor.onnx", "skip_reconstructor.onnx"}
 # An extra output of the graphs under test; the published files do not have it.
 LOGITS = "prediction"
 
@@ -71,7 +72,7 @@ def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, An
 
     Parity is checked on prepared validation images, or on noise where none of the right kind are at hand.
     """
-    check_free(out, "bundle.json")
+    check_replaceable(out)
     set_reproducible(workspace.params.seed)
     config = workspace.params.export
     trained = load_trained(weights)
@@ -79,7 +80,9 @@ def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, An
     images = parity_images(workspace, trained)
     with published(out) as folder:
         parities = [_write(graph, folder, config) for graph in graphs(trained, target, images, workspace.params.seed)]
-        parity = Parity(max(p.max_abs_diff for p in parities), min(p.token_agreement for p in parities))
+        differences, agreements = zip(*parities, strict=True)
+        # Unlike Python's max, NumPy's does not lose a NaN.
+        parity = Parity(float(np.max(differences)), float(np.min(agreements)))
         check_parity(parity, config)
         bundle = describe(workspace, trained, target, folder, metrics, parity)
         (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
@@ -87,10 +90,20 @@ def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, An
     return parity
 
 
-def check_free(out: Path, mark: str) -> None:
-    """Raise UserError where `out` holds something else than earlier results, which a file `mark` tells."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any(out.glob(mark)))):
-        raise UserError(f"{out}: exists, holds no {mark}, and would be replaced; give a new or an empty folder")
+def check_replaceable(out: Path) -> None:
+    """Raise UserError where `out` holds anything but a bundle, which a new one replaces."""
+    if not out.exists():
+        return
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    if found and ("bundle.json" not in found or not found <= BUNDLE_FILES):
+        strange = ", ".join(sorted(found - BUNDLE_FILES)[:3]) or "no bundle.json"
+        raise UserError(f"{out}: holds {strange} and would be replaced; give a new or an empty folder, or a bundle's")
+
+
+def check_new(out: Path) -> None:
+    """Raise UserError where `out` is anything but a new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; give a new folder, or remove this one first")
 
 
 def parity_images(workspace: Workspace, trained: Trained) -> Tensor:
@@ -199,7 +212,7 @@ def compare(graph: Graph, model: onnx.ModelProto) -> Parity:
     theirs = dict(zip(graph.outputs, session.run(list(graph.outputs), feed), strict=True))
     ours = dict(zip(graph.outputs, graph.module(*graph.inputs), strict=True))
     compared = [name for name in graph.outputs if name != "reconstruction"]
-    difference = max(float(np.abs(theirs[name] - ours[name].numpy()).max()) for name in compared)
+    difference = float(np.max([np.abs(theirs[name] - ours[name].numpy()).max() for name in compared]))
     agreement = 1.0
     if graph.predicts_tokens:
         agreement = float((theirs[LOGITS].argmax(-1) == ours[LOGITS].argmax(-1).numpy()).mean())
@@ -208,7 +221,7 @@ def compare(graph: Graph, model: onnx.ModelProto) -> Parity:
 
 def check_parity(parity: Parity, config: ExportConfig) -> None:
     """Raise UserError where torch and ONNX Runtime are further apart than `config` allows."""
-    if parity.max_abs_diff > config.max_abs_diff or parity.token_agreement < config.min_token_agreement:
+    if not (parity.max_abs_diff <= config.max_abs_diff and parity.token_agreement >= config.min_token_agreement):
         raise UserError(
             f"export: torch and ONNX Runtime differ by {parity.max_abs_diff:.1e} (export.max_abs_diff allows "
             f"{config.max_abs_diff}) and agree on {parity.token_agreement:.4f} of the tokens "

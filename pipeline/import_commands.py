@@ -15,10 +15,14 @@ imports = typer.Typer(
 
 OutOption = Annotated[Path, typer.Option(help="Folder to write; every --checkpoint takes it.")]
 MeanOption = Annotated[
-    str | None, typer.Option(help="Mean of each channel, pixels in 0-1, with commas between. [default: ImageNet's]")
+    str | None,
+    typer.Option(
+        help="Mean of each channel, pixels in 0-1, with commas between.", show_default="(those it was trained with)"
+    ),
 ]
 StdOption = Annotated[
-    str | None, typer.Option(help="Standard deviation of each channel, as --mean. [default: ImageNet's]")
+    str | None,
+    typer.Option(help="Standard deviation of each channel, as --mean.", show_default="(those it was trained with)"),
 ]
 
 
@@ -90,7 +94,7 @@ def timm_model(
     \\b
     Examples:
       cae-pipe import timm vit_small_patch16_224.dino --out imported/dino-s
-      cae-pipe import timm mae.pth --architecture vit_base_patch16_224 --out imported/mae-b
+      cae-pipe import timm mae.pth --architecture vit_base_patch16_224.mae --out imported/mae-b
     """
     from pipeline import imports as work
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from cae.timm_encoder import TimmEncoder, architecture_of, create
 from cae.timm_weights import from_timm
 from cae.weights import describe, save_trained
 from pipeline.dalle import build as dalle_target
-from pipeline.export import check_free
+from pipeline.export import check_new
 from pipeline.workspace import TARGET_NAME, published
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def official(
 
     `dalle` is a folder with the tokenizer that its decoder predicts, which is then written beside it.
     """
-    check_free(out, "*.safetensors")
+    check_new(out)
     imported = from_official(read_state(checkpoint), checkpoint, num_heads, predictor_heads)
     target = _dalle_target(dalle, imported) if dalle else None
     channels = imported.architecture.channels
@@ -84,7 +85,7 @@ def from_timm_model(
 
     One that is a CAE encoder (an earlier `export --format timm`) becomes one again.
     """
-    check_free(out, "*.safetensors")
+    check_new(out)
     given = _find_timm(model, architecture, image_size)
     encoder: AnyEncoder
     if native := from_timm(given.source, given.state):
@@ -100,6 +101,12 @@ def from_timm_model(
         logger.warning("%s was evaluated with %s resizing; here it is bicubic", model, config["interpolation"])
     description = describe(sizes, normalization, float(config["crop_pct"]), given.origin)
     logger.info("%s: %d keys used, %s", model, len(given.state), "a CAE encoder" if native else "an encoder of timm's")
+    logger.info(
+        "images: mean %s, std %s, crop %s of the short side; %s",
+        *normalization,
+        config["crop_pct"],
+        "as told" if mean and std else "as timm has them for this name: others are given with --mean and --std",
+    )
     _write(out, encoder, description)
 
 
@@ -158,8 +165,10 @@ def _normalization(
             found = "nothing" if value is None else f"{len(value)} values"
             raise UserError(f"{option}: {found} for {channels} channels; give one value a channel, pixels in 0-1")
         values.append(value)
-    if min(values[1]) <= 0:
-        raise UserError(f"--std: {min(values[1])} must be above 0")
+    if not all(map(math.isfinite, values[0])):
+        raise UserError(f"--mean: {values[0]} must be numbers")
+    if not all(0 < value < math.inf for value in values[1]):
+        raise UserError(f"--std: {values[1]} must be above 0")
     return Normalization(*values)
 
 
@@ -204,7 +213,7 @@ def _timm_folder(path: Path) -> TimmModel:
         args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         source = TimmSource(name=config["architecture"], args=args)
         built = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=0)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path / CONFIG}: timm cannot build a model from it ({error})") from None
     origin = {"name": source.name, "source": f"timm folder {path.name}", "sha256": file_sha256(weights)}
     return TimmModel(source, _without_head(read_state(weights), weights), _data_config(built), origin)

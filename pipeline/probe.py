@@ -96,7 +96,7 @@ def run(workspace: Workspace, name: str) -> None:
     params = workspace.params
     hardware = Hardware.choose(params.runtime)
     trained = load_for_data(workspace)
-    check_class_token(params.probe, trained)
+    check_class_token(name, params.probe, trained)
     encoders = (
         FrozenEncoder("pretrained", trained_encoder(trained), trained, hardware),
         FrozenEncoder("random_init", random_encoder(trained, params.seed), trained, hardware),
@@ -107,14 +107,14 @@ def run(workspace: Workspace, name: str) -> None:
     workspace.write_metrics(f"probe_{name}", quality, efficiency)
 
 
-def check_class_token(config: ProbeConfig, trained: Trained) -> None:
+def check_class_token(name: str, config: ProbeConfig, trained: Trained) -> None:
     """Raise UserError where a probe is to read a class token that the encoder does not have."""
-    if trained.encoder.num_prefix:
-        return
-    wrong = ["probe.attentive.use_class_token: false"] if config.attentive.use_class_token else []
-    wrong += ["probe.knn.feature: pooled"] if config.knn.feature == "class_token" else []
-    if wrong:
-        raise UserError(f"the encoder has no class token; set {' and '.join(wrong)}")
+    wrong = {
+        "attentive": "probe.attentive.use_class_token: false" if config.attentive.use_class_token else None,
+        "knn": "probe.knn.feature: pooled" if config.knn.feature == "class_token" else None,
+    }
+    if not trained.encoder.num_prefix and wrong.get(name):
+        raise UserError(f"the encoder has no class token; set {wrong[name]}")
 
 
 def linear(

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from cae.data.shards import INDEX_NAME, file_sha256
 from cae.errors import UserError
 from cae.train.loop import RunFolder
+from cae.weights import find_weights
 from pipeline.workspace import Workspace
 
 # An orphan of an interrupted `dvc repro` needs this long to finish its step and save.
@@ -58,6 +59,8 @@ def make_stamp(workspace: Workspace, stage: str) -> dict[str, Any]:
         for file in _files_that_identify(path):
             name = Path(dependency, file.relative_to(path))
             digest.update(f"{name} {file_sha256(file)}\n".encode())
+    if stage == "pretrain" and (start := workspace.params.pretrain.start_from):
+        data.update(file_sha256(find_weights(workspace.root / start)).encode())
     stamp = {"params": params, "data_hash": data.hexdigest(), "code_version": code.hexdigest()}
     fingerprint = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
     return {**stamp, "fingerprint": fingerprint}

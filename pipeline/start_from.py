@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from cae.config import Architecture
+from cae.config import Architecture, TimmSource
 from cae.errors import UserError
 from cae.model import ContextAutoencoder
+from cae.timm_encoder import TimmEncoder
 from cae.weights import Trained
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ def fitting(architecture: Architecture, trained: Trained, path: Path) -> Archite
     if given.timm and given.grid != architecture.grid:
         # Ours are a formula; timm's were learned for one grid.
         wrong["model.image_size"] = "size_px"
+    same_width = isinstance(given, Architecture) and given.predictor_width == architecture.predictor_width
+    if same_width and given.predictor_num_heads != architecture.predictor_num_heads:  # type: ignore[attr-defined]
+        # Shapes would not tell, and the regressor would compute something else with them.
+        wrong["pretrain.predictor_num_heads"] = "predictor_num_heads"
     if wrong:
         changes = ", ".join(f"{key}: {_as_yaml(getattr(given, name))}" for key, name in wrong.items())
         raise UserError(f"pretrain.start_from: {path} was made with other sizes; set {changes}")
@@ -38,7 +43,14 @@ def fitting(architecture: Architecture, trained: Trained, path: Path) -> Archite
             f"pretrain.start_from: {path} has a relative position bias over all patches, which CAE cannot use on a "
             "part of them; it can be probed, fine-tuned and exported"
         )
-    return architecture.model_copy(update={"timm": given.timm})
+    if given.timm is None:
+        return architecture
+    assert isinstance(trained.encoder, TimmEncoder)
+    trained.encoder.check_masking()
+    # CAE aligns patches after a LayerNorm of their own; a model with one on the mean alone begins with a fresh one.
+    return architecture.model_copy(
+        update={"timm": TimmSource(name=given.timm.name, args={**given.timm.args, "fc_norm": False})}
+    )
 
 
 def load_parts(model: ContextAutoencoder, trained: Trained) -> None:

@@ -145,6 +145,7 @@ class Workspace:
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` when the block ends without an error."""
+    folder = folder.absolute()
     # Beside its destination, so that the last step is a rename on one filesystem.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -75,19 +75,22 @@ def _read(part: str, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the DALL-E {part} is published at {ADDRESSES[part]}")
     content = read_file(path, SHELLS)
-    return _flatten(content, path, "") if isinstance(content, Shell) else state_in(content, path)
+    return state_in(_flatten(content, path, "", set()) if isinstance(content, Shell) else content, path)
 
 
-def _flatten(module: Any, path: Path, prefix: str) -> dict[str, Tensor]:
-    """The state dict that a pickled module would have."""
+def _flatten(module: Any, path: Path, prefix: str, seen: set[int]) -> dict[str, Tensor]:
+    """The state dict that a pickled module would have; `seen` are the modules before it."""
     held: list[Any] = [getattr(module, name, None) for name in ("_parameters", "_buffers", "_modules")]
     if prefix.count(".") > MAX_DEPTH or not all(isinstance(part, dict) for part in held):
         raise UserError(f"{path}: {prefix or 'its content'} is no module as PyTorch pickles them; download it again")
     parameters, buffers, children = held
+    if children and id(module) in seen:
+        raise UserError(f"{path}: {prefix} is in it twice, which no DALL-E tokenizer has; download it again")
+    seen.add(id(module))
     tensors = {**parameters, **buffers}
     state = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     for name, child in children.items():
-        state |= _flatten(child, path, f"{prefix}{name}.")
+        state |= _flatten(child, path, f"{prefix}{name}.", seen)
     return state
 
 

@@ -1,11 +1,13 @@
 """Checkpoints of other software are read as tensors; what carries code is refused and never runs."""
 
 import argparse
+import contextlib
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -83,6 +85,35 @@ def test_what_is_no_checkpoint_is_refused(name: str, data: bytes, said: str, tmp
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=said):
         read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": torch.tensor([1.0, float("nan")])}, "a holds values that are not finite"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "expected plain real numbers"),
+        ({"a": torch.eye(2).to_sparse()}, "expected plain real numbers"),
+        ({"a": torch.ones(2), "module.a": torch.ones(2)}, "the same names with and without"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(state: dict[str, Any], said: str, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"x\.pth: .*{said}"):
+        read_state(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damage_anywhere_is_a_clear_refusal(zipped: bool, tmp_path: Path) -> None:
+    torch.save({"model": STATE, "epoch": 3}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "x.pth").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for position in rng.integers(len(whole), size=3):
+            damaged[position] = rng.integers(256)
+        (tmp_path / "x.pth").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            read_state(tmp_path / "x.pth")
 
 
 def test_a_missing_file_and_one_without_tensors_are_named(tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def changed(key: str, value: Tensor) -> Callable[[State], None]:
         (changed("rd_pos_embed", torch.zeros(1, 16, 16)), r"rd_pos_embed is not the 2-D sin-cos table of a 3 x 5 grid"),
         (changed("encoder.pos_embed", torch.rand(1, 16, 24)), r"alignment_encoder\.pos_embed differs from the encoder"),
         (without("mask_token"), r"mask_token is missing"),
+        (changed("mask_token", torch.zeros(1, 1, 0)), r"mask_token has shape \[1, 1, 0\]"),
+        (changed("encoder.blocks.9.norm1.weight", torch.zeros(24)), r"encoder\.blocks\.2 is missing"),
+        (changed("encoder.patch_embed.proj.weight", torch.zeros(24, 17, 4, 4)), r"at most 16 channels"),
         (without("encoder.patch_embed.proj.weight"), r"encoder\.patch_embed\.proj\.weight is missing"),
     ],
 )
@@ -192,6 +195,13 @@ def finetuned_forward(state: State, images: Tensor, num_heads: int) -> Tensor:
         h = F.gelu(F.linear(h, part["mlp.fc1.weight"], part["mlp.fc1.bias"]))
         x = x + part["gamma_2"] * F.linear(h, part["mlp.fc2.weight"], part["mlp.fc2.bias"])
     return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read(dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in official_state().items()}
+    weights = from_official(state, PATH, 4, 2).model.state_dict()
+    assert torch.equal(weights["encoder.norm.bias"], state["encoder.norm.bias"].float())
 
 
 def test_an_index_of_another_grid_is_refused() -> None:

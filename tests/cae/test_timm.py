@@ -122,7 +122,7 @@ def test_a_plain_vision_transformer_encodes_a_part_of_the_patches(kind: str) -> 
 
 def test_other_models_say_that_they_cannot_be_shown_a_part() -> None:
     encoder, _ = make("rotary")
-    with pytest.raises(UserError, match=r"Eva: only timm's plain VisionTransformer can be pretrained further"):
+    with pytest.raises(UserError, match=r"Eva: only timm's plain VisionTransformer of a fixed size can be pretrained"):
         encoder.embed(torch.randn(1, 3, 32, 32))
 
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cae.errors import UserError
 from cae.foreign import read_state
 from cae.targets.files import save_target
 from cae.targets.pixels import PixelArchitecture, PixelTarget
-from cae.weights import load_trained
+from cae.weights import describe, for_finetuning, load_trained, save_trained
 from pipeline import export, export_formats, finetune, imports, pretrain, probe, report
 from pipeline.graphs import EncoderGraph
 from pipeline.inference import embed
+from pipeline.runs import make_stamp
 from pipeline.workspace import Workspace
 from serving.bundle import Bundle, CapabilityError
 from tests.dalle_files import small_target, write_published
@@ -145,7 +146,7 @@ def test_mean_and_std_may_be_told_and_must_fit(tmp_path: Path) -> None:
     assert load_trained(tmp_path / "imported").normalization == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     with pytest.raises(UserError, match=r"--mean: 1 values for 3 channels"):
         imports.official(checkpoint, tmp_path / "other", 4, 2, [0.1], None, None)
-    with pytest.raises(UserError, match=r"--std: 0\.0 must be above 0"):
+    with pytest.raises(UserError, match=r"--std: \[0\.1, 0\.0, 0\.1\] must be above 0"):
         imports.official(checkpoint, tmp_path / "other", 4, 2, None, [0.1, 0.0, 0.1], None)
 
 
@@ -225,8 +226,12 @@ def test_a_probe_of_a_class_token_that_is_not_there_is_refused(
     raw = with_values(tiny_params, {"probe.knn.feature": "class_token", "probe.attentive.use_class_token": True})
     workspace = on_finished(tmp_path / "workspace", finished, raw, make_workspace)
     weights = import_timm(tmp_path, **KINDS["average pooling"])
-    with pytest.raises(UserError, match=r"probe\.attentive\.use_class_token: false and probe\.knn\.feature: pooled"):
-        probe.run(workspace.measuring(weights, tmp_path / "measured"), "knn")
+    measuring = workspace.measuring(weights, tmp_path / "measured")
+    with pytest.raises(UserError, match=r"no class token; set probe\.knn\.feature: pooled"):
+        probe.run(measuring, "knn")
+    with pytest.raises(UserError, match=r"no class token; set probe\.attentive\.use_class_token: false"):
+        probe.run(measuring, "attentive")
+    probe.run(measuring, "linear")
 
 
 @pytest.mark.parametrize("kind", ["registers", "average pooling"])
@@ -278,8 +283,12 @@ def test_pretraining_starts_from_a_timm_encoder_and_is_exported(
     assert trained.cae is not None
     assert trained.normalization == load_trained(weights).normalization == ([0.1], [0.3])
     first, last = load_trained(weights).encoder.state_dict(), trained.encoder.state_dict()
-    assert first.keys() == last.keys()
-    moved = max(float((first[key] - last[key]).abs().max()) for key in first)
+    if kind == "average pooling":
+        # Its norm was on the mean of the patches; CAE needs one on each.
+        assert {key.split(".")[1] for key in first.keys() ^ last.keys()} == {"norm", "fc_norm"}
+    else:
+        assert first.keys() == last.keys()
+    moved = max(float((first[key] - last[key]).abs().max()) for key in first.keys() & last.keys())
     assert 0 < moved < 0.1, "a few steps from the given weights, not from random ones"
     export.run(workspace)
     assert Bundle.open(workspace.bundle, "cpu").info.capabilities.reconstruct
@@ -358,14 +367,105 @@ def test_names_that_cannot_be_had_say_what_to_do(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "x").exists()
 
 
-def test_an_export_never_replaces_something_else(workspace: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "precious.txt").write_text("keep me")
-    for write in (
-        lambda: export_formats.to_timm_folder(workspace.pretrained, tmp_path),
-        lambda: export_formats.to_safetensors(workspace, workspace.pretrained, tmp_path),
-        lambda: imports.from_timm_model("vit_tiny_patch16_224", tmp_path, None, None, None, None),
-    ):
-        with pytest.raises(UserError, match="would be replaced"):
-            write()
-    assert (tmp_path / "precious.txt").read_text() == "keep me"
-    assert load_file(workspace.pretrained / "cae.safetensors")
+def test_an_import_or_export_never_replaces_anything(workspace: Workspace, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    checkpoint = write_official(tmp_path / "official.pth", official_state())
+    for name in ("precious.txt", "config.json", "cae.safetensors"):
+        (out / name).write_text("keep me")
+        for write in (
+            lambda: export_formats.to_timm_folder(workspace.pretrained, out),
+            lambda: export_formats.to_safetensors(workspace, workspace.pretrained, out),
+            lambda: imports.from_timm_model("vit_tiny_patch16_224", out, None, None, None, None),
+            lambda: imports.official(checkpoint, out, 4, 2, None, None, None),
+            lambda: export.export(workspace, workspace.pretrained, out, {}),
+        ):
+            with pytest.raises(UserError, match=r"mine: (exists and is not empty|holds .* would be replaced)"):
+                write()
+        assert (out / name).read_text() == "keep me"
+        (out / name).unlink()
+
+
+def test_a_bundle_is_replaced_unless_something_else_lies_in_it(workspace: Workspace) -> None:
+    before = (workspace.bundle / "bundle.json").read_text()
+    export.export(workspace, workspace.finetuned, workspace.bundle, {})
+    after = (workspace.bundle / "bundle.json").read_text()
+    assert before != after
+    (workspace.bundle / "notes.txt").write_text("keep me")
+    with pytest.raises(UserError, match=r"holds notes\.txt and would be replaced"):
+        export.export(workspace, workspace.pretrained, workspace.bundle, {})
+    assert (workspace.bundle / "bundle.json").read_text() == after
+
+
+def test_weights_that_are_not_numbers_are_neither_imported_nor_exported(workspace: Workspace, tmp_path: Path) -> None:
+    state = official_state()
+    for name in ("encoder", "alignment_encoder"):
+        state[f"{name}.norm.bias"] = torch.full((24,), float("nan"))
+    checkpoint = write_official(tmp_path / "official.pth", state)
+    with pytest.raises(UserError, match=r"encoder\.norm\.bias holds values that are not finite"):
+        imports.official(checkpoint, tmp_path / "imported", 4, 2, None, None, None)
+    trained = load_trained(workspace.pretrained)
+    assert trained.cae is not None
+    trained.cae.encoder.norm.bias.data[0] = float("nan")
+    description = {key: value for key, value in trained.metadata.items() if key != "kind"}
+    save_trained(workspace.pretrained, trained.cae, description)
+    with pytest.raises(UserError, match=r"differ by nan"):
+        export.export(workspace, workspace.pretrained, tmp_path / "bundle", {})
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_start_with_other_heads_of_regressor_and_decoder_is_refused(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    changes = {"pretrain.start_from": str(finished.pretrained), "pretrain.predictor_num_heads": 4}
+    with pytest.raises(UserError, match=r"set pretrain\.predictor_num_heads: 2$"):
+        pretrain.run(on_finished(tmp_path, finished, with_values(tiny_params, changes), make_workspace))
+
+
+def test_only_plain_vision_transformers_start_a_pretraining(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=0, **TIMM)
+    timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    imports.from_timm_model(str(tmp_path / "timm"), tmp_path / "eva", None, None, [0.1], [0.3])
+    with pytest.raises(UserError, match=r"Eva: only timm's plain VisionTransformer of a fixed size can be pretrained"):
+        pretrained_from(tmp_path / "eva", tmp_path / "workspace", finished, tiny_params, make_workspace)
+
+
+def test_another_start_is_another_run(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    start = tmp_path / "start"
+    export_formats.to_safetensors(finished, finished.pretrained, start)
+    raw = with_values(tiny_params, {"pretrain.start_from": str(start)})
+    workspace = on_finished(tmp_path / "workspace", finished, raw, make_workspace)
+    before = make_stamp(workspace, "pretrain")["fingerprint"]
+    assert make_stamp(workspace, "pretrain")["fingerprint"] == before
+    trained = load_trained(start)
+    assert trained.cae is not None
+    trained.cae.encoder.cls_token.data += 1
+    save_trained(start, trained.cae, {key: value for key, value in trained.metadata.items() if key != "kind"})
+    assert make_stamp(workspace, "pretrain")["fingerprint"] != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finetuned_timm_model_goes_back_to_timm(kind: str, workspace: Workspace, tmp_path: Path) -> None:
+    trained = load_trained(import_timm(tmp_path, **KINDS[kind]))
+    encoder, architecture = for_finetuning(trained, 0.0, relative_position_bias=False, seed=None)
+    description = describe(architecture, trained.normalization, 1.0, trained.origin)
+    (tmp_path / "finetuned").mkdir()
+    save_trained(tmp_path / "finetuned", encoder.eval(), description)
+    export_formats.to_timm_folder(tmp_path / "finetuned", tmp_path / "exported")
+    model = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True).eval()
+    images = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        pooled = encoder.pool(encoder(images)[:, encoder.num_prefix :])
+        assert (model(images) - pooled).abs().max() < 1e-5
+
+
+def test_a_target_that_is_not_the_decoders_is_refused(bare: Workspace, tmp_path: Path) -> None:
+    weights = import_official(tmp_path, official_state())
+    other = PixelTarget(PixelArchitecture(channels=3, patch_size=4, grid=GRID, per_patch=False), [0.5] * 3, [0.2] * 3)
+    save_target(weights / "target.safetensors", other, {})
+    with pytest.raises(UserError, match=r"a target of 48 values for each of 3 x 5 .*predicts one of 11 values"):
+        export.export(bare, weights, tmp_path / "bundle", {})
