@@ -18,7 +18,7 @@ from cae.normalization import Normalization
 from cae.official import from_official, summary
 from cae.timm_encoder import TimmEncoder, architecture_of, create
 from cae.timm_weights import from_timm
-from cae.weights import describe, save_trained
+from cae.weights import Trained, describe, save_trained
 from pipeline.export import check_free
 from pipeline.workspace import published
 
@@ -72,11 +72,23 @@ def from_timm_model(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> None:
-    """Write a timm Vision Transformer to `out`, by its name, from its folder, or from a file of weights.
+    """Write a timm Vision Transformer to `out`, as `load_timm`."""
+    check_free(out, "*.safetensors")
+    trained = load_timm(model, architecture, image_size, mean, std)
+    _write(out, trained.encoder, trained.metadata)
+
+
+def load_timm(
+    model: str,
+    architecture: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> Trained:
+    """A timm Vision Transformer by its name, from its folder, or from a file of weights, as an encoder.
 
     One that is a CAE encoder (an earlier `export --format timm`) becomes one again.
     """
-    check_free(out, "*.safetensors")
     given = _find_timm(model, architecture, image_size)
     encoder: AnyEncoder
     if native := from_timm(given.source, given.state):
@@ -92,7 +104,7 @@ def from_timm_model(
         logger.warning("%s was evaluated with %s resizing; here it is bicubic", model, config["interpolation"])
     description = describe(sizes, normalization, float(config["crop_pct"]), given.origin)
     logger.info("%s: %d keys used, %s", model, len(given.state), "a CAE encoder" if native else "an encoder of timm's")
-    _write(out, encoder, description)
+    return Trained(encoder, None, sizes, normalization, description)
 
 
 def _write(out: Path, model: ContextAutoencoder | AnyEncoder, description: dict[str, Any]) -> None:
