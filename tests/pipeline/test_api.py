@@ -1,9 +1,12 @@
 """The Python API gives what the server and the stages give, whatever the images come as."""
 
+import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,19 @@ def test_progress_is_shown_where_it_is_asked_for(
     for progress, shown in ((None, False), (False, False), (True, True)):
         load(finished.bundle, device="cpu", batch_size=4, progress=progress).encode(paths)
         assert (f"{len(paths)}/{len(paths)}" in capfd.readouterr().err) == shown
+
+
+@pytest.mark.parametrize(("batch_size", "shown"), [(4, True), (32, False)])
+def test_a_terminal_shows_progress_for_more_than_one_batch(
+    finished: Workspace, paths: list[Path], batch_size: int, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(stderr, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        load(finished.bundle, device="cpu", batch_size=batch_size).encode(paths)
+        print("end", file=stream, flush=True)
+        assert (f"{len(paths)}/{len(paths)}".encode() in screen.read(65536)) == shown
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
