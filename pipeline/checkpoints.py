@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from cae.config import Architecture, EncoderArchitecture
 from cae.data.shards import file_sha256
@@ -74,15 +75,20 @@ def find_target_file(workspace: Workspace, path: Path, trained: Trained) -> Path
         logger.info("%s: an encoder without a decoder, so there is nothing to reconstruct with", path)
         return None
     beside = find_weights(path).with_name(workspace.target.name)
+    found = look_for_target(beside, trained.origin, workspace.target)
+    if found is None:
+        logger.warning(
+            "%s: the target that its decoder predicts is neither %s nor %s, so there is nothing to reconstruct with",
+            path,
+            beside,
+            workspace.target,
+        )
+    return found
+
+
+def look_for_target(beside: Path, origin: dict[str, Any], *elsewhere: Path) -> Path | None:
+    """`beside` where it is there, else the first of the other files whose hash is the one that `origin` names."""
     if beside.is_file():
         return beside
-    wanted = trained.origin.get("target_sha256")
-    if wanted and workspace.target.is_file() and file_sha256(workspace.target) == wanted:
-        return workspace.target
-    logger.warning(
-        "%s: the target that its decoder predicts is neither %s nor %s, so there is nothing to reconstruct with",
-        path,
-        beside,
-        workspace.target,
-    )
-    return None
+    wanted = origin.get("target_sha256")
+    return next((file for file in elsewhere if wanted and file.is_file() and file_sha256(file) == wanted), None)

@@ -21,7 +21,7 @@ from cae.targets.dalle import DalleTarget
 from cae.targets.files import save_target
 from cae.timm_encoder import TimmEncoder, architecture_of, create
 from cae.timm_weights import from_timm
-from cae.weights import describe, save_trained
+from cae.weights import Trained, describe, save_trained
 from pipeline.dalle import build as dalle_target
 from pipeline.export import check_new
 from pipeline.workspace import TARGET_NAME, published
@@ -81,11 +81,23 @@ def from_timm_model(
     mean: list[float] | None,
     std: list[float] | None,
 ) -> None:
-    """Write a timm Vision Transformer to `out`, by its name, from its folder, or from a file of weights.
+    """Write a timm Vision Transformer to `out`, as `load_timm`."""
+    check_new(out)
+    trained = load_timm(model, architecture, image_size, mean, std)
+    _write(out, trained.encoder, trained.metadata)
+
+
+def load_timm(
+    model: str,
+    architecture: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+) -> Trained:
+    """A timm Vision Transformer by its name, from its folder, or from a file of weights, as an encoder.
 
     One that is a CAE encoder (an earlier `export --format timm`) becomes one again.
     """
-    check_new(out)
     given = _find_timm(model, architecture, image_size)
     encoder: AnyEncoder
     if native := from_timm(given.source, given.state):
@@ -107,7 +119,7 @@ def from_timm_model(
         config["crop_pct"],
         "as told" if mean and std else "as timm has them for this name: others are given with --mean and --std",
     )
-    _write(out, encoder, description)
+    return Trained(encoder, None, sizes, normalization, description)
 
 
 def _dalle_target(folder: Path, imported: Imported) -> DalleTarget:

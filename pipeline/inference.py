@@ -15,7 +15,7 @@ from cae.data.sources.folder import image_files
 from cae.errors import NotReady, UserError
 from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
 from serving.masks import View, draw
-from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, decode, prepare
+from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, Preprocessing, decode, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def reconstruct(
 ) -> None:
     """Write the picture of a reconstruction, the same as `POST /reconstruct` answers."""
     check_out(out, PICTURE_SUFFIXES)
-    pixels = read_image(bundle, image)
+    pixels = read_image(image, bundle.info.preprocessing)
     model = bundle.info.model
     masked = None
     try:
@@ -83,18 +83,18 @@ def reconstruct(
     logger.info("%s written", out)
 
 
-def read_image(bundle: Bundle, path: Path) -> np.ndarray:
-    """Pixels uint8 [c, h, w] of an image file as the bundle's model sees them; UserError where it cannot be read."""
+def read_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels uint8 [c, h, w] of an image file as the model sees them; UserError where it cannot be read."""
     try:
-        return _pixels(bundle, path)
+        return _pixels(path, preprocessing)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ImageError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _pixels(bundle: Bundle, path: Path) -> np.ndarray:
-    return prepare(decode(path.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), bundle.info.preprocessing)
+def _pixels(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    return prepare(decode(path.read_bytes(), max_pixels=PILLOW_MAX_PIXELS), preprocessing)
 
 
 def check_out(out: Path, suffixes: tuple[str, ...], option: str = "--out") -> None:
@@ -123,7 +123,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def _read(bundle: Bundle, files: Sequence[Path], left_out: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
     for path in files:
         try:
-            yield path, _pixels(bundle, path)
+            yield path, _pixels(path, bundle.info.preprocessing)
         except (ImageError, OSError) as error:
             logger.warning("%s is left out: %s", path, error)
             left_out.append(path)

@@ -221,7 +221,7 @@ def _embed_query(features: Features, image: Path, folder: Path, device: Device) 
             f"features of two models cannot be compared. Write them again with `cae-pipe embed IMAGES --out "
             f"{features.file} --bundle {folder}`, or name the bundle that made them with --bundle"
         )
-    pixels = read_image(bundle, image)
+    pixels = read_image(image, bundle.info.preprocessing)
     name: Output = "pooled" if features.name == "pooled" else "class_token"
     query = bundle.embed(pixels[None], [name])[name]
     if query.shape[1] != features.values.shape[1]:

@@ -87,7 +87,7 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
         raise ImageError(
             "truncated", f"the {image.format} file is cut off or damaged ({error}); send the whole file"
         ) from error
-    return _upright(image)
+    return upright(image)
 
 
 def header_channels(data: bytes) -> int:
@@ -170,7 +170,11 @@ def _decode_npy(data: bytes, max_pixels: int) -> Picture:
             f"the NumPy file is cut off: {len(data)} of {layout.num_bytes} bytes are there; send the whole file",
         )
     array = np.load(io.BytesIO(data), allow_pickle=False)
-    channels = array[None] if layout.channel_axis is None else np.moveaxis(array, layout.channel_axis, 0)
+    return from_array(array[None] if layout.channel_axis is None else np.moveaxis(array, layout.channel_axis, 0))
+
+
+def from_array(channels: NDArray[np.uint8] | NDArray[np.uint16]) -> Picture:
+    """uint8 or uint16 [C, H, W] as a picture; uint16 is scaled so that 65535 becomes 255."""
     bands = tuple(_grey(channel) for channel in channels)
     if len(bands) == 3:
         return Image.merge("RGB", bands)
@@ -193,7 +197,8 @@ def orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
     method = _UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
 

@@ -216,7 +216,7 @@ def test_the_server_answers_as_embed_does(made: Made, tmp_path: Path) -> None:
     folder = workspace.root.parent / "images"
     bundle = inference.open_bundle(workspace.bundle, "cpu")
     key = list(images)[2]
-    expected = bundle.embed(inference.read_image(bundle, folder / key)[None], ["patches"])["patches"]
+    expected = bundle.embed(inference.read_image(folder / key, bundle.info.preprocessing)[None], ["patches"])["patches"]
     with running(workspace.bundle, tmp_path / "log", {}) as server:
         url = f"{server.url}/embed?outputs=patches"
         response = httpx.post(url, content=(folder / key).read_bytes(), timeout=30)
