@@ -4,18 +4,13 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from cae.architecture import Architecture, check_heads
 from cae.errors import UserError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+from cae.section import Count, CountOrZero, Fraction, NonNegative, Positive, PositiveFraction, Section
 
 # depth, width, heads; timm's sizes from vit_tiny on. The smaller two are for images of 28 to 64 px on a laptop.
 ENCODER_SIZES = {
@@ -27,15 +22,8 @@ ENCODER_SIZES = {
     "vit_large": (24, 1024, 16),
 }
 
-
 # One token of the DALL-E tokenizer stands for so many pixels, on either side, of the view that it reads.
 DALLE_PATCH_PX = 8
-
-
-class Section(BaseModel):
-    """A part of params.yaml. Unknown keys are refused; values are not changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RuntimeConfig(Section):
@@ -101,65 +89,6 @@ class ModelConfig(Section):
                 )
         check_heads(self.encoder_width, self.encoder_num_heads, "num_heads", "width")
         return self
-
-
-def check_heads(width: int, num_heads: int, heads_key: str, width_key: str) -> None:
-    """Raise ValueError unless the heads divide the width and the 2-D sin-cos table fits it."""
-    if width % 4:
-        raise ValueError(f"{width_key}: {width} is not a multiple of 4, which 2-D sin-cos positions need")
-    if width % num_heads:
-        divisors = [n for n in range(1, width + 1) if width % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - num_heads))
-        raise ValueError(
-            f"{heads_key}: {num_heads} heads do not divide the {width_key} {width}; the nearest is {nearest}"
-        )
-
-
-class TimmSource(Section):
-    """The call of `timm.create_model` that builds an encoder of timm's."""
-
-    name: str
-    args: dict[str, Any]
-
-
-class EncoderArchitecture(Section):
-    """Every size that fixes the shapes of an encoder; stored with its weights.
-
-    `final_norm` says where the last LayerNorm stands: on every token, or, after fine-tuning, on the mean of the patches
-    alone. `relative_position_bias` is what the official code adds in fine-tuning. With `timm` the encoder is timm's,
-    and the sizes only describe it.
-    """
-
-    channels: Count
-    grid: tuple[Count, Count]
-    patch_size: Count
-    depth: Count
-    width: Count
-    num_heads: Count
-    layer_scale: Positive
-    final_norm: Literal["tokens", "pooled"] = "tokens"
-    relative_position_bias: bool = False
-    timm: TimmSource | None = None
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-
-class Architecture(EncoderArchitecture):
-    """Every size that fixes the shapes of a ContextAutoencoder."""
-
-    predictor_width: Count
-    predictor_num_heads: Count
-    regressor_depth: Count
-    decoder_depth: Count
-    num_outputs: Count
-    predictor_layer_scale: Positive
 
 
 class OptimizationConfig(Section):

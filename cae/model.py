@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cae.architecture import Architecture, EncoderArchitecture
 from cae.blocks import NORM_EPS, Block, RegressorBlock, init_weights
-from cae.config import Architecture, EncoderArchitecture
 from cae.positions import sincos_positions
 from cae.timm_encoder import TimmEncoder
 

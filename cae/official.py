@@ -14,7 +14,7 @@ import torch
 from timm.layers import gen_relative_position_index
 from torch import Tensor, nn
 
-from cae.config import Architecture, EncoderArchitecture, check_heads
+from cae.architecture import Architecture, EncoderArchitecture, check_heads
 from cae.errors import UserError
 from cae.model import ContextAutoencoder, Encoder
 from cae.positions import sincos_positions

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cae.config import Section
 from cae.errors import NotReady, UserError
+from cae.section import Section
 from cae.train.checkpoint import sync_folder
 
 A = TypeVar("A", bound=Section)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cae.config import EncoderArchitecture, TimmSource
+from cae.architecture import EncoderArchitecture, TimmSource
 from cae.errors import UserError
 
 

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from cae.config import EncoderArchitecture, TimmSource
+from cae.architecture import EncoderArchitecture, TimmSource
 from cae.model import Encoder
 from cae.official import official_names
 from cae.positions import sincos_positions

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cae.config import Architecture, EncoderArchitecture
+from cae.architecture import Architecture, EncoderArchitecture
 from cae.errors import NotReady, UserError
 from cae.heads import Classifier
 from cae.model import AnyEncoder, ContextAutoencoder, build_encoder

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cae.config import Architecture, EncoderArchitecture
+from cae.architecture import Architecture, EncoderArchitecture
 from cae.data.shards import file_sha256
 from cae.errors import UserError
 from cae.targets.files import AnyTarget, load_target

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import timm
 from torch import Tensor
 
-from cae.config import DALLE_PATCH_PX, Architecture, TimmSource
+from cae.architecture import Architecture, TimmSource
+from cae.config import DALLE_PATCH_PX
 from cae.data.shards import file_sha256
 from cae.errors import UserError
 from cae.foreign import read_state

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
-from cae.config import Architecture
+from cae.architecture import Architecture
 from cae.errors import UserError
 from cae.targets.dalle import full_float32
 from cae.targets.files import AnyTarget

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cae.config import Architecture, TimmSource
+from cae.architecture import Architecture, TimmSource
 from cae.errors import UserError
 from cae.model import ContextAutoencoder
 from cae.timm_encoder import TimmEncoder

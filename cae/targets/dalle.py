@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cae.config import DALLE_PATCH_PX, Count, Section
+from cae.config import DALLE_PATCH_PX
+from cae.section import Count, Section
 from cae.targets.tokens import TokenTarget
 
 NUM_GROUPS = 4

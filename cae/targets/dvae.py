@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cae.config import Section
+from cae.section import Section
 from cae.targets import channel_buffer
 from cae.targets.tokens import TokenTarget, perplexity
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cae.config import Section
+from cae.section import Section
 from cae.targets import Codes, channel_buffer, patchify, unpatchify
 
 VARIANCE_FLOOR = 1e-6

@@ -10,7 +10,7 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor
 
-from cae.config import Architecture
+from cae.architecture import Architecture
 from cae.masking import MaskSampler
 
 SHIPPED_PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cae.config import Architecture
+from cae.architecture import Architecture
 from cae.heads import AttentiveHead, Classifier, LinearHead, knn_predict
 from cae.model import Encoder
 

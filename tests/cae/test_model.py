@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cae.architecture import Architecture
 from cae.blocks import Attention, Block, RegressorBlock
-from cae.config import Architecture
 from cae.model import ContextAutoencoder, Encoder, alignment_loss, drop_path_rates, gather_patches
 from cae.targets import hide, patchify, unpatchify
 

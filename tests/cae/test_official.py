@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae.config import Architecture, EncoderArchitecture
+from cae.architecture import Architecture, EncoderArchitecture
 from cae.errors import UserError
 from cae.model import ContextAutoencoder, Encoder
 from cae.official import from_official, official_names, summary

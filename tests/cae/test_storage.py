@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cae.config import Architecture
+from cae.architecture import Architecture
 from cae.errors import UserError
 from cae.model import ContextAutoencoder
 from cae.normalization import Normalization

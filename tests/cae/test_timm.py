@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from cae.config import EncoderArchitecture, TimmSource
+from cae.architecture import EncoderArchitecture, TimmSource
 from cae.errors import UserError
 from cae.heads import Classifier
 from cae.model import Encoder, build_encoder

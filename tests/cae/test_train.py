@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cae.config import Architecture, OptimizationConfig, RuntimeConfig
+from cae.architecture import Architecture
+from cae.config import OptimizationConfig, RuntimeConfig
 from cae.data.loader import Batch
 from cae.errors import Diverged, Interrupted, UserError
 from cae.heads import Classifier

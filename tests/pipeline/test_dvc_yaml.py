@@ -7,7 +7,8 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from cae.config import Params, Section
+from cae.config import Params
+from cae.section import Section
 from tests.pipeline.test_parameters import keys_of
 from tests.tiny import ROOT, shipped_params
 
