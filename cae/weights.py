@@ -79,6 +79,8 @@ def load_trained(path: Path) -> Trained:
     """Read trained weights, a file or the folder it lies in. Of a classifier the encoder alone is taken."""
     path = find_weights(path)
     state, metadata = read_weights(path, "cae", "encoder", "classifier")
+    if missing := [key for key in ("normalization", "eval_crop", "origin") if key not in metadata]:
+        raise UserError(f"{path}: written by another version of cae-pipe ({missing[0]} is missing); make it again")
     cae = None
     encoder: AnyEncoder
     if metadata["kind"] == "cae":

@@ -173,6 +173,15 @@ def test_a_file_of_another_version_is_refused(
         load_trained(path)
 
 
+def test_a_file_that_does_not_say_what_its_images_are_is_refused(
+    tmp_path: Path, model: ContextAutoencoder, loaded: Trained
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_weights(path, model, {key: value for key, value in loaded.metadata.items() if key != "eval_crop"})
+    with pytest.raises(UserError, match=r"other\.safetensors: written by another version .*eval_crop is missing"):
+        load_trained(path)
+
+
 def test_other_shapes_than_the_file_says_are_refused(
     tmp_path: Path, model: ContextAutoencoder, loaded: Trained
 ) -> None:
