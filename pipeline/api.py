@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from tqdm import tqdm
 
+from cae.architecture import Architecture
 from cae.config import RuntimeConfig
 from cae.errors import NotReady, UserError
 from cae.targets.files import AnyTarget, load_target
@@ -23,7 +24,7 @@ from cae.train.device import Hardware
 from cae.weights import Trained, find_weights, load_trained
 from pipeline.api_inputs import Array, Images, checked_codes, checked_mask, listed, read, split_mask
 from pipeline.batches import unit_range
-from pipeline.checkpoints import look_for_target
+from pipeline.checkpoints import check_target, look_for_target
 from pipeline.imports import load_timm
 from pipeline.inference import open_bundle
 from pipeline.runners import BundleRunner, Runner, TorchRunner
@@ -182,15 +183,16 @@ def load(
         bundle = open_bundle(path, device)
         # ONNX Runtime finds its own device; torch runs the target alone.
         place = _torch_device("auto" if device == "cuda" else device)
-        runner = BundleRunner(bundle)
+        runner, num_outputs = BundleRunner(bundle), None
         loaded = _load_target(target, path, (bundle.info.model_extra or {}).get("origin", {}))
     else:
         place = _torch_device(device)
         trained, folder = _load_weights(source)
         loaded = _load_target(target, folder, trained.origin)
         runner = TorchRunner(trained, loaded, place)
+        num_outputs = trained.architecture.num_outputs if isinstance(trained.architecture, Architecture) else None
     if loaded is not None:
-        _check_fit(loaded, runner)
+        check_target(loaded, str(source), runner.preprocessing, runner.info.patch_size, num_outputs)
         loaded.to(place)
     return Model(runner, loaded, place, batch_size, progress, as_torch)
 
@@ -225,15 +227,3 @@ def _load_target(given: str | Path | None, folder: Path | None, origin: dict[str
     own = replace(here, root=folder.resolve().parent.parent)
     found = look_for_target(folder / here.target.name, origin, own.target, here.target)
     return load_target(found) if found else None
-
-
-def _check_fit(target: AnyTarget, runner: Runner) -> None:
-    """Raise UserError where the target stands for other images than the model takes."""
-    wanted = (runner.preprocessing.channels, runner.info.patch_size, runner.info.grid)
-    architecture = target.architecture
-    found = (architecture.channels, architecture.patch_size, architecture.grid)
-    if found != wanted:
-        raise UserError(
-            f"target: the tokenizer is for channels, patch size in pixels and grid {found}, {runner.info.name} has "
-            f"{wanted}; name the one that it was trained with, or one for such images"
-        )

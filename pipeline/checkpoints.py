@@ -51,19 +51,31 @@ def find_target(workspace: Workspace, path: Path, trained: Trained) -> AnyTarget
         return None
     target, architecture = load_target(file), trained.architecture
     assert isinstance(architecture, Architecture)
-    theirs = target.num_outputs, target.architecture.grid, target.architecture.patch_size, target.architecture.channels
-    ours = architecture.num_outputs, architecture.grid, architecture.patch_size, architecture.channels
-    if theirs != ours:
-        raise UserError(
-            f"{file}: a target of {_words(theirs)}; the decoder of {path} predicts one of {_words(ours)}. Put the "
-            "right one there, or take this one away to export the encoder alone"
-        )
+    check_target(target, str(path), preprocessing_of(trained), architecture.patch_size, architecture.num_outputs)
     return target
 
 
-def _words(sizes: tuple[int, tuple[int, int], int, int]) -> str:
-    num_outputs, (rows, columns), patch_size, channels = sizes
-    return f"{num_outputs} values for each of {rows} x {columns} patches of {patch_size} px, {channels} channels"
+def check_target(
+    target: AnyTarget, name: str, preprocessing: Preprocessing, patch_size: int, num_outputs: int | None
+) -> None:
+    """Raise UserError where `target` is not one for the images of the model `name`, or not its decoder's.
+
+    `num_outputs` of the decoder; None where it is not known.
+    """
+    theirs = target.architecture
+    rows, columns = theirs.grid
+    found = (theirs.channels, rows * theirs.patch_size, columns * theirs.patch_size, theirs.patch_size)
+    wanted = (preprocessing.channels, preprocessing.height, preprocessing.width, patch_size)
+    if found != wanted or num_outputs not in (None, target.num_outputs):
+        raise UserError(
+            f"the target (tokenizer) is for {_words(*found, target.num_outputs)}; {name} takes "
+            f"{_words(*wanted, num_outputs)}. Give the one that it was trained with, or none"
+        )
+
+
+def _words(channels: int, height: int, width: int, patch_size: int, num_outputs: int | None) -> str:
+    values = f", {num_outputs} codes or values each" if num_outputs else ""
+    return f"{channels} x {height} x {width} px in patches of {patch_size}{values}"
 
 
 def find_target_file(workspace: Workspace, path: Path, trained: Trained) -> Path | None:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
-from cae.architecture import Architecture
 from cae.errors import UserError
 from cae.targets.dalle import full_float32
 from cae.targets.files import AnyTarget
@@ -75,11 +74,6 @@ class TorchRunner:
         self.preprocessing = preprocessing_of(trained)
         self.mask_ratio = trained.origin.get("mask_ratio")
         self.device = device
-        if isinstance(architecture, Architecture) and target and target.num_outputs != architecture.num_outputs:
-            raise UserError(
-                f"target: the tokenizer has {target.num_outputs} codes or values a patch, the decoder of "
-                f"{self.info.name} predicts {architecture.num_outputs}; name the one that it was trained with"
-            )
         self.has_decoder = trained.cae is not None
         self.encoder = EncoderGraph(trained.encoder, trained.normalization).eval().to(device)
         self.reconstructor: ReconstructorGraph | None = None

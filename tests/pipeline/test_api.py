@@ -150,7 +150,7 @@ def test_pixel_targets_give_back_the_image(finished: Workspace, paths: list[Path
     np.testing.assert_allclose(model.detokenize(tokens), pixels / 255, atol=1e-6)
     with pytest.raises(UserError, match=r"tokens: int64 .*expected floats \[b, 4, 4, 49\]"):
         model.detokenize(np.zeros((1, 4, 4), np.int64))
-    with pytest.raises(UserError, match=r"49 codes or values a patch, the decoder of .* predicts 16"):
+    with pytest.raises(UserError, match=r"49 codes or values each; .*pretrain takes .* 16 codes or values each"):
         load(finished.pretrained, target=tmp_path, device="cpu")
 
 
@@ -224,7 +224,7 @@ def test_a_target_for_other_images_is_refused(finished: Workspace, tmp_path: Pat
         PixelArchitecture(channels=3, patch_size=7, grid=(4, 4), per_patch=False), [0.1] * 3, [0.3] * 3
     )
     save_target(tmp_path / "target.safetensors", target, {})
-    with pytest.raises(UserError, match=r"\(3, 7, \(4, 4\)\).*\(1, 7, \(4, 4\)\)"):
+    with pytest.raises(UserError, match=r"is for 3 x 28 x 28 px .*bundle takes 1 x 28 x 28 px"):
         load(finished.bundle, target=tmp_path, device="cpu")
 
 
