@@ -43,7 +43,8 @@ def read_file(path: Path, shells: Sequence[tuple[Any, str]] = ()) -> Any:
     Raises UserError for a file that is missing, no checkpoint, or carries code.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a checkpoint (.safetensors, or a PyTorch .pth, .pt or .pkl)")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; expected a checkpoint (.safetensors, or a PyTorch .pth, .pt or .pkl)")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -218,7 +218,7 @@ def _finetuned(reader: _Reader, num_heads: int | None) -> Imported:
         patch_size=patch_size,
         depth=reader.depth("blocks"),
         width=width,
-        num_heads=num_heads or default_heads(width),
+        num_heads=num_heads or (reader.size(tables[0], 2)[1] if tables else default_heads(width)),
         layer_scale=_layer_scale(width),
         final_norm="pooled" if "fc_norm.weight" in reader.state else "tokens",
         relative_position_bias=bool(tables),

@@ -62,7 +62,12 @@ def read_architecture(kind: type[A], path: Path, metadata: dict[str, Any]) -> A:
     try:
         return kind.model_validate({key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()})
     except ValidationError as error:
-        raise UserError(f"{path}: written by another version of cae-pipe: {error}") from None
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path}: written by another version of cae-pipe ({key}: {first['msg'].lower()}); make it again, with "
+            "`dvc repro` or `cae-pipe import`"
+        ) from None
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

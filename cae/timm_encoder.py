@@ -99,6 +99,12 @@ def architecture_of(model: Any, source: TimmSource) -> EncoderArchitecture:
         covered = (grid[0] * patch_size[0], grid[1] * patch_size[1])
     except (AttributeError, TypeError, IndexError, RuntimeError):
         fits = False
+    if (
+        fits
+        and covered != tuple(size_px)
+        and grid == tuple(side // p for side, p in zip(size_px, patch_size, strict=True))
+    ):
+        raise UserError(f"{source.name}: patches of {patch_size[0]} px do not cover {size_px[0]} x {size_px[1]} px")
     if not fits or patch_size[0] != patch_size[1] or covered != tuple(size_px):
         raise UserError(
             f"{source.name}: no Vision Transformer with one token for each square patch; timm lists them by "

@@ -78,6 +78,7 @@ class Model:
 
         Errors: UserError for a mask that does not fit, and where there is no decoder or no target.
         """
+        self._runner.check_reconstructor()
         given = listed(images)
         drawn = self.random_mask(mask, seed) if mask is None or isinstance(mask, int | float) else mask
         hidden = checked_mask(drawn, len(given), self.info.grid)

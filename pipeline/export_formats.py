@@ -1,5 +1,6 @@
 """Trained weights for other software: as a timm model, or as one folder with everything that cae-pipe reads."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cae.weights import Trained, load_trained, save_trained
 from pipeline.checkpoints import find_target_file
 from pipeline.export import check_new
 from pipeline.workspace import Workspace, published
+
+logger = logging.getLogger(__name__)
 
 
 def to_timm_folder(weights: Path, out: Path) -> None:
@@ -44,6 +47,7 @@ def to_timm_folder(weights: Path, out: Path) -> None:
         # As in `cae.storage.save_weights`.
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
         _check_readable(folder, weights)
+    logger.info('%s written; timm.create_model("local-dir:%s", pretrained=True) reads it', out, out)
 
 
 def to_safetensors(workspace: Workspace, weights: Path, out: Path) -> None:
@@ -56,6 +60,7 @@ def to_safetensors(workspace: Workspace, weights: Path, out: Path) -> None:
         save_trained(folder, trained.cae or trained.encoder, description)
         if target:
             shutil.copy(target, folder / workspace.target.name)
+    logger.info("%s written, %s its target", out, "with" if target else "without")
 
 
 def _check_readable(folder: Path, weights: Path) -> None:

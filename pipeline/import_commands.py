@@ -17,12 +17,16 @@ OutOption = Annotated[Path, typer.Option(help="Folder to write; every --checkpoi
 MeanOption = Annotated[
     str | None,
     typer.Option(
-        help="Mean of each channel, pixels in 0-1, with commas between.", show_default="(those it was trained with)"
+        help="Mean of each channel, pixels in 0-1, with commas between.",
+        show_default="ImageNet's; of timm's models those that timm names",
     ),
 ]
 StdOption = Annotated[
     str | None,
-    typer.Option(help="Standard deviation of each channel, as --mean.", show_default="(those it was trained with)"),
+    typer.Option(
+        help="Standard deviation of each channel, as --mean.",
+        show_default="ImageNet's; of timm's models those that timm names",
+    ),
 ]
 
 
@@ -31,10 +35,10 @@ def official(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the official CAE release (.pth or .safetensors).")],
     out: OutOption,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of the encoder. [default: 16 for width 1024, else 12]")
+        int | None, typer.Option(min=1, help="Heads of the encoder.", show_default="16 for width 1024, else 12")
     ] = None,
     predictor_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of regressor and decoder. [default: 12]")
+        int | None, typer.Option(min=1, help="Heads of regressor and decoder.", show_default="12")
     ] = None,
     mean: MeanOption = None,
     std: StdOption = None,
@@ -48,7 +52,7 @@ def official(
     Sizes are read from the weights; heads cannot be, and the checkpoints hold no preprocessing. Every key is used or
     named as dropped with the reason.
 
-    \\b
+    \b
     Examples:
       cae-pipe import official cae_base_1600ep.pth --out imported/cae-b --dalle data/dalle
       cae-pipe export --checkpoint imported/cae-b --out bundle
@@ -84,14 +88,14 @@ def timm_model(
     out: OutOption,
     architecture: Annotated[str | None, typer.Option(help="With a file: timm's name of the model.")] = None,
     image_size: Annotated[
-        str | None, typer.Option(help="Pixels, e.g. 224 or 96x160 (height x width). [default: the model's]")
+        str | None, typer.Option(help="Pixels, e.g. 224 or 96x160 (height x width).", show_default="the model's")
     ] = None,
     mean: MeanOption = None,
     std: StdOption = None,
 ) -> None:
     """Any Vision Transformer of timm, to be probed, fine-tuned, exported and served.
 
-    \\b
+    \b
     Examples:
       cae-pipe import timm vit_small_patch16_224.dino --out imported/dino-s
       cae-pipe import timm mae.pth --architecture vit_base_patch16_224.mae --out imported/mae-b

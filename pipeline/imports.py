@@ -114,17 +114,15 @@ def load_timm(
         logger.warning("%s was evaluated with %s resizing; here it is bicubic", model, config["interpolation"])
     description = describe(sizes, normalization, float(config["crop_pct"]), given.origin)
     logger.info("%s: %d keys used, %s", model, len(given.state), "a CAE encoder" if native else "an encoder of timm's")
-    logger.info(
-        "images: mean %s, std %s, crop %s of the short side; %s",
-        *normalization,
-        config["crop_pct"],
-        "as told" if mean and std else "as timm has them for this name: others are given with --mean and --std",
-    )
+    if not (mean and std):
+        logger.info("mean, std and crop are what timm has for this name; --mean and --std tell others")
     return Trained(encoder, None, sizes, normalization, description)
 
 
 def _dalle_target(folder: Path, imported: Imported) -> DalleTarget:
     architecture = imported.architecture
+    if not folder.is_dir():
+        raise UserError(f"--dalle: there is no folder {folder}; `cae-pipe import dalle` writes one")
     if not isinstance(architecture, Architecture):
         raise UserError("--dalle: this checkpoint is an encoder without a decoder, so it predicts no tokens")
     if architecture.patch_size % DALLE_PATCH_PX or architecture.channels not in (1, 3):
@@ -154,8 +152,9 @@ def _write(
             save_target(folder / TARGET_NAME, target, {})
     sizes = description["architecture"]
     rows, columns = sizes["grid"]
+    predictor = f", {sizes['predictor_num_heads']} of regressor and decoder" if "predictor_num_heads" in sizes else ""
     logger.info(
-        "%s: %s, %d x %d patches of %d px, %d channels, depth %d, width %d, %d heads",
+        "%s: %s, %d x %d patches of %d px, %d channels, depth %d, width %d, %d heads%s; mean %s, std %s",
         out,
         "a Context Autoencoder" if isinstance(model, ContextAutoencoder) else "an encoder",
         rows,
@@ -165,6 +164,8 @@ def _write(
         sizes["depth"],
         sizes["width"],
         sizes["num_heads"],
+        predictor,
+        *description["normalization"].values(),
     )
 
 
@@ -189,6 +190,8 @@ def _find_timm(model: str, architecture: str | None, image_size: tuple[int, int]
     path = Path(model)
     size = {"img_size": list(image_size)} if image_size else {}
     if path.is_dir():
+        if image_size:
+            raise UserError(f"--image-size: {path / CONFIG} says the size already; leave the option out")
         return _timm_folder(path)
     if path.is_file():
         if architecture is None:
@@ -244,7 +247,18 @@ def _without_head(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _load_strictly(encoder: TimmEncoder, state: dict[str, Tensor], name: str) -> None:
-    try:
-        encoder.model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{name}: the weights do not fit the architecture: {error}") from None
+    expected = encoder.model.state_dict()
+    odd = {
+        "missing keys": [key for key in expected if key not in state],
+        "unknown keys": [key for key in state if key not in expected],
+        "keys of another shape": [
+            f"{key} ({list(state[key].shape)} in place of {list(value.shape)})"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    said = [f"{what} ({len(keys)}): {', '.join(keys[:3])}" for what, keys in odd.items() if keys]
+    if said:
+        hint = "; `cae-pipe import official` reads the CAE release" if any(".gamma_1" in key for key in state) else ""
+        raise UserError(f"{name}: the weights do not fit the architecture: {'; '.join(said)}{hint}")
+    encoder.model.load_state_dict(state)

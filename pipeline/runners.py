@@ -36,6 +36,10 @@ class Runner(Protocol):
         """The images in 0-1 from their visible patches; UserError where there is no decoder or no target."""
         ...
 
+    def check_reconstructor(self) -> None:
+        """Raise UserError where there is no decoder or no target."""
+        ...
+
 
 class BundleRunner:
     """The graphs of a bundle."""
@@ -48,6 +52,12 @@ class BundleRunner:
     def features(self, images: np.ndarray, output: Output) -> np.ndarray:
         try:
             return self.bundle.embed(images, [output])[output]
+        except CapabilityError as error:
+            raise UserError(str(error)) from None
+
+    def check_reconstructor(self) -> None:
+        try:
+            self.bundle.random_mask(None, 0)
         except CapabilityError as error:
             raise UserError(str(error)) from None
 
@@ -89,8 +99,7 @@ class TorchRunner:
         with full_float32(self.device):
             return self.encoder.features(torch.from_numpy(images).to(self.device))[output].cpu().numpy()
 
-    @torch.inference_mode()
-    def reconstruct(self, images: np.ndarray, visible: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    def check_reconstructor(self) -> None:
         if self.reconstructor is None:
             missing = (
                 "the target that its decoder predicts was not found; name its file: load(..., target=FILE)"
@@ -98,6 +107,10 @@ class TorchRunner:
                 else "an encoder without a decoder; load a whole CAE, such as models/pretrain"
             )
             raise UserError(f"{self.info.name}: there is nothing to reconstruct with: {missing}")
+
+    @torch.inference_mode()
+    def reconstruct(self, images: np.ndarray, visible: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        assert self.reconstructor is not None  # as `check_reconstructor` tells
         inputs = (torch.from_numpy(array).to(self.device) for array in (images, visible, masked))
         with full_float32(self.device):
             return self.reconstructor(*inputs)[0].cpu().numpy()

@@ -94,7 +94,7 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights, a file or its folder. [default: those of the pipeline]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [default: models/bundle]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/bundle")] = None,
     format: Annotated[
         FormatName,
         typer.Option(
@@ -119,8 +119,9 @@ def export(
 
     workspace = Workspace.here()
     weights = checkpoint or workspace.pretrained
-    if format != FormatName.ONNX and out is None:
-        raise UserError(f"--format {format.value}: give the folder to write with --out")
+    if out is None and (checkpoint or format != FormatName.ONNX):
+        # The bundle of the pipeline is the pipeline's own.
+        raise UserError("--out: give the folder to write; --checkpoint and --format export outside the pipeline")
     if format == FormatName.TIMM and out:
         formats.to_timm_folder(weights, out)
     elif format == FormatName.SAFETENSORS and out:
@@ -128,7 +129,8 @@ def export(
     elif checkpoint is None and out is None:
         _run("export", stage.run)
     else:
-        stage.export(workspace, weights, out or workspace.bundle, metrics={})
+        assert out is not None
+        stage.export(workspace, weights, out, metrics={})
 
 
 @stages.command(rich_help_panel=PANEL)

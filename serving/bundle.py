@@ -243,7 +243,8 @@ class Bundle:
         if capability not in self._sessions:
             raise CapabilityError(
                 f"this bundle has no {_GRAPHS[capability].file}: bundle.json says capabilities.{capability} is false. "
-                "Export an encoder together with its decoder to have it"
+                "It was exported without a decoder, or without the tokenizer that its decoder predicts; export them "
+                "together"
             )
         return self._sessions[capability]
 
