@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from cae.data.sources.folder import image_files
 from cae.errors import NotReady, UserError
-from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
+from serving.bundle import Bundle, CapabilityError, Device
+from serving.bundle_info import OUTPUTS, BundleError, BundleMissingError, Output
 from serving.masks import View, draw
 from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, Preprocessing, decode, prepare
 

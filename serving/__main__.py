@@ -13,7 +13,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from serving.app import create_app
-from serving.bundle import Bundle, BundleError, BundleMissingError, Device
+from serving.bundle import Bundle, Device
+from serving.bundle_info import BundleError, BundleMissingError
 from serving.settings import Settings
 
 # As argparse: the call, not the program, is at fault.

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from serving import errors, masks, preprocess
 from serving.answers import JSON, NPY, PNG, json_response, negotiate, npy_response
-from serving.bundle import Bundle, Output
+from serving.bundle import Bundle
+from serving.bundle_info import Output
 from serving.errors import ApiError
 from serving.settings import Settings
 

@@ -18,7 +18,8 @@ from cae.weights import load_trained
 from pipeline import export, inference, similar
 from pipeline.batches import first_images
 from pipeline.workspace import Workspace
-from serving.bundle import OUTPUTS, Bundle
+from serving.bundle import Bundle
+from serving.bundle_info import OUTPUTS
 from serving.masks import random_mask
 from tests.pipeline.conftest import STAGES, MakeWorkspace
 from tests.serving.running_server import running
