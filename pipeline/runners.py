@@ -58,7 +58,7 @@ class BundleRunner:
 
     def check_reconstructor(self) -> None:
         try:
-            self.bundle.random_mask(None, 0)
+            self.bundle.check_capability("reconstruct")
         except CapabilityError as error:
             raise UserError(str(error)) from None
 

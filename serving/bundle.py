@@ -31,7 +31,7 @@ from serving.bundle_info import (
     verify,
 )
 from serving.machine import available_cpus, has_nvidia_device
-from serving.masks import random_mask
+from serving.masks import Mask, MaskKind, block_mask, random_mask
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -88,17 +88,9 @@ class Bundle:
                 sessions[capability] = loader.load(graph, graph.outputs)
         return cls(info, sha256, sessions, loader.provider, threads, chosen)
 
-    def warm(self) -> None:
-        """Run every graph once, so that the first caller does not pay for allocations and kernel selection."""
-        shape = (self.info.preprocessing.channels, self.info.preprocessing.height, self.info.preprocessing.width)
-        images = np.zeros((1, *shape), dtype=np.uint8)
-        self.embed(images)
-        if self.info.capabilities.reconstruct:
-            num_visible = self.info.model.num_patches - 1
-            order = np.arange(num_visible + 1, dtype=np.int64)[None]
-            self.reconstruct(images, order[:, :num_visible], order[:, num_visible:])
-        if self.info.capabilities.skip_reconstruct:
-            self.skip_reconstruct(images)
+    @property
+    def on_cuda(self) -> bool:
+        return self.provider == _CUDA
 
     def embed(
         self, images: NDArray[np.uint8], outputs: Sequence[Output] | None = None
@@ -112,10 +104,7 @@ class Bundle:
         """
         self._check_images(images)
         outputs = outputs or self.info.outputs
-        if missing := [name for name in outputs if name not in self.info.outputs]:
-            raise CapabilityError(
-                f"the encoder of this bundle has no {missing[0]}; it gives {', '.join(self.info.outputs)}"
-            )
+        self.check_outputs(outputs)
         values = self._sessions["embed"].run(list(outputs), {"images": images})
         return dict(zip(outputs, values, strict=True))
 
@@ -134,15 +123,18 @@ class Bundle:
             self._check_indices(name, indices, len(images))
         return _only(session.run(["reconstruction"], {"images": images, "visible": visible, "masked": masked}))
 
-    def random_mask(self, ratio: float | None, seed: int) -> tuple[float, NDArray[np.int64], NDArray[np.int64]]:
-        """The ratio, by default the bundle's own, and indices of the visible [V] and the masked patches [M].
+    def draw_mask(self, kind: MaskKind, ratio: float | None, seed: int) -> tuple[float, Mask]:
+        """The ratio, by default the bundle's own, and the mask drawn with it.
 
         Errors: CapabilityError without a reconstructor; ValueError as `masks.random_mask`.
         """
-        self._session("reconstruct")
+        self.check_capability("reconstruct")
         chosen = self.info.default_mask_ratio if ratio is None else ratio
         assert chosen is not None  # a bundle with a reconstructor has one
-        return chosen, *random_mask(self.info.model.num_patches, chosen, seed)
+        model = self.info.model
+        if kind == "block":
+            return chosen, block_mask(model.grid, chosen, seed)
+        return chosen, random_mask(model.num_patches, chosen, seed)
 
     def skip_reconstruct(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The images uint8 [B, C, H, W] through encoder and decoder without the regressor (Figure 3 of the paper).
@@ -153,13 +145,24 @@ class Bundle:
         self._check_images(images)
         return _only(session.run(["reconstruction"], {"images": images}))
 
-    def _session(self, capability: Capability) -> onnxruntime.InferenceSession:
+    def check_outputs(self, outputs: Sequence[Output]) -> None:
+        """Errors: CapabilityError for an output that the encoder does not have."""
+        if missing := [name for name in outputs if name not in self.info.outputs]:
+            raise CapabilityError(
+                f"the encoder of this bundle has no {missing[0]}; it gives {', '.join(self.info.outputs)}"
+            )
+
+    def check_capability(self, capability: Capability) -> None:
+        """Errors: CapabilityError where the bundle has no graph for it."""
         if capability not in self._sessions:
             raise CapabilityError(
                 f"this bundle has no {GRAPHS[capability].file}: bundle.json says capabilities.{capability} is false. "
                 "It was exported without a decoder, or without the tokenizer that its decoder predicts; export them "
                 "together"
             )
+
+    def _session(self, capability: Capability) -> onnxruntime.InferenceSession:
+        self.check_capability(capability)
         return self._sessions[capability]
 
     def _check_images(self, images: NDArray[np.uint8]) -> None:
