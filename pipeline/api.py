@@ -29,7 +29,8 @@ from pipeline.imports import load_timm
 from pipeline.inference import open_bundle
 from pipeline.runners import BundleRunner, Runner, TorchRunner
 from pipeline.workspace import Workspace
-from serving.bundle import Device, Output
+from serving.bundle import Device
+from serving.bundle_info import Output
 from serving.masks import random_mask
 
 Pool = Literal["mean", "class", "patches"]

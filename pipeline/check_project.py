@@ -158,7 +158,8 @@ def dvc(workspace: Workspace) -> Iterator[Finding]:
 def bundle(workspace: Workspace) -> Iterator[Finding]:
     """The bundle, opened as the server opens it: checksums, graphs, device."""
     # Here, so that a broken onnxruntime is a finding and no end of the doctor.
-    from serving.bundle import Bundle, BundleError
+    from serving.bundle import Bundle
+    from serving.bundle_info import BundleError
 
     folder = workspace.bundle
     if not folder.exists():

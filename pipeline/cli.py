@@ -33,6 +33,11 @@ BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that `expor
 BUNDLE = Path("models/bundle")
 
 
+class MaskName(StrEnum):
+    RANDOM = "random"
+    BLOCK = "block"
+
+
 class ViewName(StrEnum):
     COMPLETION = "completion"
     PASTED = "pasted"
@@ -158,6 +163,9 @@ def reconstruct(
     mask_ratio: Annotated[
         float | None, typer.Option(help="Share of the patches to hide, between 0 and 1. [default: as in pretraining]")
     ] = None,
+    mask_kind: Annotated[
+        MaskName, typer.Option(help="Hide patches each by itself, or in rectangles as in pretraining.")
+    ] = MaskName.RANDOM,
     seed: Annotated[
         int, typer.Option(min=0, help="Which random mask, 0 or more; the same number hides the same patches.")
     ] = 0,
@@ -184,7 +192,14 @@ def reconstruct(
         raise UserError(f"--mask-ratio: {mask_ratio} must lie between 0 and 1, both excluded")
     opened = inference.open_bundle(bundle, device.value)
     inference.reconstruct(
-        opened, image, out, mask_ratio=mask_ratio, seed=seed, view=view.value, skip_regressor=skip_regressor
+        opened,
+        image,
+        out,
+        mask_kind=mask_kind.value,
+        mask_ratio=mask_ratio,
+        seed=seed,
+        view=view.value,
+        skip_regressor=skip_regressor,
     )
 
 
@@ -198,10 +213,11 @@ def serve(
     device: Annotated[
         DeviceName | None, typer.Option(help="Where to run; cuda does not start without a working GPU. [default: auto]")
     ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with these and all other settings.")] = None,
 ) -> None:
-    """Answer POST /embed and POST /reconstruct over HTTP, until Ctrl-C.
+    """Answer POST /embed and POST /reconstruct over HTTP, with a page to try them, until Ctrl-C.
 
-    Without a flag the variable CAE_SERVING_BUNDLE (_HOST, _PORT, _DEVICE) decides, and then the default.
+    Without a flag the variable CAE_SERVING_BUNDLE (_HOST, _PORT, _DEVICE) decides, then the file, then the default.
 
     \b
     Examples:
@@ -211,7 +227,7 @@ def serve(
     """
     from serving.__main__ import main as serve_main
 
-    flags = {"--bundle": bundle, "--host": host, "--port": port, "--device": device}
+    flags = {"--bundle": bundle, "--host": host, "--port": port, "--device": device, "--config": config}
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     raise typer.Exit(serve_main([text for pair in given for text in pair]))
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from cae.data.sources.folder import image_files
 from cae.errors import NotReady, UserError
-from serving.bundle import OUTPUTS, Bundle, BundleError, BundleMissingError, CapabilityError, Device, Output
-from serving.masks import View, draw
+from serving.bundle import Bundle, CapabilityError, Device
+from serving.bundle_info import OUTPUTS, BundleError, BundleMissingError, Output
+from serving.masks import MaskKind, View, draw
 from serving.preprocess import PILLOW_MAX_PIXELS, ImageError, Preprocessing, decode, prepare
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,15 @@ def embed(bundle: Bundle, images: Sequence[Path], out: Path, outputs: Sequence[O
 
 
 def reconstruct(
-    bundle: Bundle, image: Path, out: Path, *, mask_ratio: float | None, seed: int, view: View, skip_regressor: bool
+    bundle: Bundle,
+    image: Path,
+    out: Path,
+    *,
+    mask_kind: MaskKind,
+    mask_ratio: float | None,
+    seed: int,
+    view: View,
+    skip_regressor: bool,
 ) -> None:
     """Write the picture of a reconstruction, the same as `POST /reconstruct` answers."""
     check_out(out, PICTURE_SUFFIXES)
@@ -75,7 +84,7 @@ def reconstruct(
         if skip_regressor:
             result = bundle.skip_reconstruct(pixels[None])[0]
         else:
-            _, visible, masked = bundle.random_mask(mask_ratio, seed)
+            _, (visible, masked) = bundle.draw_mask(mask_kind, mask_ratio, seed)
             result = bundle.reconstruct(pixels[None], visible[None], masked[None])[0]
     except CapabilityError as error:
         raise UserError(str(error)) from None

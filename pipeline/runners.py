@@ -12,7 +12,8 @@ from cae.targets.files import AnyTarget
 from cae.weights import Trained
 from pipeline.checkpoints import preprocessing_of
 from pipeline.graphs import EncoderGraph, ReconstructorGraph
-from serving.bundle import Bundle, CapabilityError, ModelInfo, Output
+from serving.bundle import Bundle, CapabilityError
+from serving.bundle_info import ModelInfo, Output
 from serving.preprocess import Preprocessing
 
 
@@ -57,7 +58,7 @@ class BundleRunner:
 
     def check_reconstructor(self) -> None:
         try:
-            self.bundle.random_mask(None, 0)
+            self.bundle.check_capability("reconstruct")
         except CapabilityError as error:
             raise UserError(str(error)) from None
 

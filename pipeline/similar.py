@@ -26,7 +26,8 @@ from sklearn.neighbors import NearestNeighbors
 from cae.errors import NotReady, UserError
 from pipeline.contact_sheet import Cell, draw_sheet
 from pipeline.inference import PICTURE_SUFFIXES, check_out, open_bundle, read_image
-from serving.bundle import Device, Output
+from serving.bundle import Device
+from serving.bundle_info import Output
 
 logger = logging.getLogger(__name__)
 

@@ -1,40 +1,50 @@
-"""`python -m serving`: open a bundle and serve it until told to stop. Flags win over CAE_SERVING_ variables."""
+"""`python -m serving`: serve a bundle until told to stop. Flags win over CAE_SERVING_ variables, these over a file."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, get_args
 
-import uvicorn
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
-from serving.app import create_app
-from serving.bundle import Bundle, BundleError, BundleMissingError, Device
-from serving.settings import Settings
+from serving import logs
+from serving.bundle import Bundle, Device
+from serving.bundle_info import BundleError, BundleMissingError
+from serving.server import Server
+from serving.service import Service
+from serving.settings import PREFIX, Settings
 
+FLAGS = {
+    "bundle": "folder that `export` wrote (default: models/bundle)",
+    "host": "address to listen on (default: 127.0.0.1)",
+    "port": "port to listen on (default: 8000)",
+    "device": "where to run (default: auto)",
+    "config": "TOML file with these and all other settings",
+}
+EXIT_FAILED = 1
 # As argparse: the call, not the program, is at fault.
 EXIT_REFUSED = 2
 # As `cae-pipe` has it for whatever another command makes first.
 EXIT_NOT_READY = 5
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C, finish what was begun, and return or exit with code 0.
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C, finish what was admitted, and return 0; 1 where the batch thread died.
 
     Everything that can be wrong with the bundle or the device is found before the port is opened. Errors: BundleError.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    # uvicorn raises the signal again after its graceful stop, which would end the process as killed by it.
+    logs.configure(settings.log_level, settings.log_format)
+    # For the time until the server takes the signals over.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    bundle = Bundle.open(settings.bundle, settings.device, settings.num_threads)
-    uvicorn.run(create_app(settings, bundle), host=settings.host, port=settings.port, log_config=None)
+    bundle = Bundle.open(settings.bundle, settings.device, settings.num_threads, settings.precision)
+    server = Server(Service(bundle, settings))
+    server.run()
+    return EXIT_FAILED if server.failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,26 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     With one line on stderr: 5 if there is no bundle yet, 2 if settings, bundle or device will not do.
     """
     try:
-        serve(_settings(arguments))
+        return serve(_settings(arguments))
     except BundleError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_NOT_READY if isinstance(error, BundleMissingError) else EXIT_REFUSED
+        message, code = str(error), EXIT_NOT_READY if isinstance(error, BundleMissingError) else EXIT_REFUSED
     except ValidationError as error:
-        first = error.errors()[0]
-        key = "_".join(map(str, first["loc"]))
-        sys.stderr.write(
-            f"error: {key} (--{key} or CAE_SERVING_{key.upper()}): {first['msg']}, got {first['input']!r}\n"
-        )
-        return EXIT_REFUSED
-    return 0
+        message, code = _wrong(error), EXIT_REFUSED
+    except SettingsError as error:
+        message, code = str(error), EXIT_REFUSED
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _wrong(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    flag = f"--{key}, " if key in FLAGS else ""
+    # A key is not for terminals and logs, not even a bad one.
+    given = "" if key == "api_key" else f", got {first['input']!r}"
+    return f"{key} ({flag}{PREFIX}{key.upper()}, or in the file of settings): {first['msg']}{given}"
 
 
 def _settings(arguments: Sequence[str] | None) -> Settings:
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
-    parser.add_argument("--bundle", metavar="DIR", help="folder that `export` wrote (default: models/bundle)")
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", help="port to listen on (default: 8000)")
-    parser.add_argument("--device", choices=get_args(Device), help="default: auto")
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", help=text, choices=get_args(Device) if name == "device" else None)
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     return Settings(**given)
 

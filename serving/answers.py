@@ -1,13 +1,14 @@
-"""The form of an answer: choosing it from the Accept header, and writing arrays as JSON or npy."""
+"""The form of an answer: choosing it from the Accept header, and writing arrays as JSON, npy or safetensors."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
+import safetensors.numpy
 from fastapi import Response
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from serving.errors import ApiError
 
 JSON = "application/json"
 NPY = "application/x-npy"
+SAFETENSORS = "application/x-safetensors"
 PNG = "image/png"
 
 
@@ -62,8 +64,8 @@ def _quality(media_type: str, ranges: Sequence[Mapping[str, Any]]) -> float:
 
 
 def json_response(content: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-    """A JSON answer; NumPy arrays in `content` become nested lists of numbers that read back to the same float32."""
-    text = json.dumps(content, default=_listed, allow_nan=False, separators=(",", ":"))
+    """A JSON answer; NumPy arrays in `content` become nested lists of numbers that read back to the same values."""
+    text = orjson.dumps(content, default=_contiguous, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(text, media_type=JSON, headers=dict(headers))
 
 
@@ -74,7 +76,16 @@ def npy_response(array: NDArray[Any], headers: Mapping[str, str]) -> Response:
     return Response(buffer.getvalue(), media_type=NPY, headers=dict(headers))
 
 
-def _listed(value: object) -> object:
+def safetensors_response(
+    arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], headers: Mapping[str, str]
+) -> Response:
+    """The arrays under their names, for `safetensors.numpy.load`; `metadata` stands in the file's head."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    data = safetensors.numpy.save(contiguous, dict(metadata))
+    return Response(data, media_type=SAFETENSORS, headers=dict(headers))
+
+
+def _contiguous(value: object) -> object:
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return np.ascontiguousarray(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import uuid
+import math
+import reprlib
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.batcher import ExpiredError, StoppedError
 from serving.bundle import CapabilityError
 from serving.preprocess import MIN_SIDE_PX, ImageError, Reason
 
 REQUEST_ID = "X-Request-Id"
 
-# An id of the caller's is kept only in this form, since it is written to logs and headers.
-_CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
 _IMAGE_STATUS: dict[Reason, int] = {"unsupported": 415, "truncated": 415, "too_large": 413, "too_small": 422}
 _IMAGE_HINT: dict[Reason, str] = {
-    "unsupported": "send one JPEG, PNG, WebP, BMP or TIFF file as the raw body: curl --data-binary @photo.jpg; other "
+    "unsupported": "send JPEG, PNG, WebP, BMP or TIFF files: curl --data-binary @photo.jpg; other "
     "numbers of channels than 1 and 3 as one NumPy file (.npy)",
     "truncated": "check that the file opens in a viewer, and send all of it",
     "too_large": "scale the picture down first; GET /info names the limit",
@@ -52,56 +49,53 @@ class ErrorBody(BaseModel):
 class ApiError(Exception):
     """A refusal with its HTTP status; becomes an ErrorBody."""
 
-    def __init__(self, status: int, code: str, message: str, hint: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, hint: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers or {}
         self.detail = ErrorDetail(code=code, message=message, hint=hint)
 
 
-class RequestIds:
-    """ASGI middleware: each request gets an id (the caller's X-Request-Id, or a new one), returned in the headers."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if _CALLERS_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+def retry_later(status: int, code: str, message: str, seconds: float = 1) -> ApiError:
+    """A refusal that is worth another try, after some seconds."""
+    wait = max(1, math.ceil(seconds))
+    return ApiError(status, code, message, f"ask again in {wait} s", {"Retry-After": str(wait)})
 
 
 def install(app: FastAPI) -> None:
     """Answer every exception that can leave an endpoint of `app` in the one JSON form."""
-    app.add_middleware(RequestIds)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ImageError, _bad_image)
     app.add_exception_handler(CapabilityError, _no_capability)
     app.add_exception_handler(RequestValidationError, _bad_field)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ExpiredError, _expired)
+    app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _internal)
 
 
-def _answer(request: Request, status: int, detail: ErrorDetail) -> JSONResponse:
+def _answer(request: Request, status: int, detail: ErrorDetail, headers: Mapping[str, str] | None = None) -> Response:
     request_id = request.state.request_id
+    request.state.facts["error"] = detail.code
     body = ErrorBody(error=detail, request_id=request_id)
-    # The header again, because the answer to an unexpected error is sent from outside the middleware.
-    return JSONResponse(body.model_dump(), status, headers={REQUEST_ID: request_id})
+    # The id again, because the answer to an unexpected error is sent from outside the middleware.
+    return JSONResponse(body.model_dump(), status, headers={REQUEST_ID: request_id, **(headers or {})})
 
 
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _answer(request, error.status, error.detail)
+    return _answer(request, error.status, error.detail, error.headers)
+
+
+def _expired(request: Request, error: Exception) -> Response:
+    return _refused(request, retry_later(503, "expired", "the request waited too long and was dropped unseen"))
+
+
+def _stopped(request: Request, error: Exception) -> Response:
+    return _refused(request, retry_later(503, "stopped", "the server has stopped working and will end", 5))
 
 
 def _bad_image(request: Request, error: Exception) -> Response:
@@ -119,10 +113,13 @@ def _no_capability(request: Request, error: Exception) -> Response:
 
 def _bad_field(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [
-        f"{'.'.join(map(str, problem['loc'][1:])) or 'query'}: {problem['msg']} (got {problem['input']!r})"
-        for problem in error.errors()
-    ]
+    problems = []
+    for problem in error.errors():
+        # Where it comes from a validator of ours pydantic puts its own words before the sentence.
+        text = problem["msg"].removeprefix("Value error, ")
+        # Of a body nothing is repeated: it holds images.
+        given = f" (got {reprlib.repr(problem['input'])})" if problem["loc"][0] == "query" else ""
+        problems.append(f"{'.'.join(map(str, problem['loc'][1:])) or problem['loc'][0]}: {text}{given}")
     detail = ErrorDetail(
         code="bad_field", message="; ".join(problems), hint="GET /openapi.json describes every field and its range"
     )
@@ -137,12 +134,11 @@ def _http(request: Request, error: Exception) -> Response:
         message=f"{request.method} {request.url.path}: {error.detail}",
         hint="GET /openapi.json lists every path and its methods",
     )
-    response = _answer(request, error.status_code, detail)
-    response.headers.update(error.headers or {})
-    return response
+    return _answer(request, error.status_code, detail, error.headers)
 
 
 def _gone(request: Request, error: Exception) -> Response:
+    request.state.facts["gone"] = True
     # Nobody reads it; without a handler the disconnect would be logged as a failure of the server.
     return Response(status_code=400)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,26 +13,104 @@ from PIL import Image
 
 from serving.preprocess import shown
 
+Indices = NDArray[np.int64]
+MaskKind = Literal["random", "block"]
 View = Literal["completion", "pasted", "side_by_side"]
 
 _HIDDEN_GREY = 128
+# Of BEiT, as in pretraining: the smallest rectangle as a share of the grid (16 of 196), and the aspect of the flattest.
+_MIN_BLOCK = 16 / 196
+_MIN_ASPECT = 0.3
 
 
-def random_mask(num_patches: int, mask_ratio: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the patch indices 0..num_patches-1 at random into (visible [V], masked [M]), both sorted.
+class Mask(NamedTuple):
+    """Indices of the visible [V] and of the masked patches [M], row by row, each ascending."""
 
-    M is `mask_ratio * num_patches` rounded, but both parts get at least one patch. The same arguments give the same
-    mask; NumPy does not promise that across its own versions, so keep the indices where a mask must last.
+    visible: Indices
+    masked: Indices
+
+
+def random_mask(num_patches: int, mask_ratio: float, seed: int) -> Mask:
+    """Patches hidden at random, each as likely as the next.
+
+    As many as `mask_ratio * num_patches` rounded, but at least one is hidden and one is shown. The same arguments give
+    the same mask; NumPy does not promise that across its own versions, so keep the indices where a mask must last.
 
     Errors: ValueError for fewer than two patches or a ratio outside 0 to 1.
     """
+    num_masked = _num_masked(num_patches, mask_ratio)
+    order = np.random.default_rng(seed).permutation(num_patches).astype(np.int64)
+    return Mask(np.sort(order[num_masked:]), np.sort(order[:num_masked]))
+
+
+def block_mask(grid: tuple[int, int], mask_ratio: float, seed: int) -> Mask:
+    """Patches hidden in rectangles as in pretraining (paper, section 4.1; `cae.masking` draws the same).
+
+    `grid` is (rows, columns). Count, seed and errors are those of `random_mask`.
+    """
+    rows, columns = grid
+    remaining = _num_masked(rows * columns, mask_ratio)
+    smallest = max(1, round(_MIN_BLOCK * rows * columns))
+    rng = np.random.default_rng(seed)
+    hidden = np.zeros(grid, dtype=bool)
+    while remaining:
+        # The last rectangles must fit what is left, however small, or the count would never be exact.
+        area = rng.uniform(min(smallest, remaining), remaining)
+        aspect = math.exp(rng.uniform(math.log(_MIN_ASPECT), -math.log(_MIN_ASPECT)))
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        block = hidden[top : top + height, left : left + width]
+        added = block.size - int(block.sum())
+        if 0 < added <= remaining:
+            block[:] = True
+            remaining -= added
+    return _split(hidden.reshape(-1))
+
+
+def given_mask(num_patches: int, masked: Sequence[int]) -> Mask:
+    """The mask that hides just these patches.
+
+    Errors: ValueError for an index that is not there or comes twice, and where nothing or everything would be hidden.
+    """
+    hidden = np.zeros(num_patches, dtype=bool)
+    for index in masked:
+        if not 0 <= index < num_patches:
+            raise ValueError(f"{index} is not a patch; they are numbered 0 to {num_patches - 1}, row by row")
+        if hidden[index]:
+            raise ValueError(f"{index} is there twice")
+        hidden[index] = True
+    return _checked(hidden)
+
+
+def painted_mask(picture: Image.Image, grid: tuple[int, int]) -> Mask:
+    """The mask that a grey picture (mode L) of any size paints over the cropped image: white hides, black shows.
+
+    A patch is hidden where more than half of it is white. Errors: ValueError where nothing or everything is hidden.
+    """
+    rows, columns = grid
+    shares = np.asarray(picture.resize((columns, rows), Image.Resampling.BOX))
+    return _checked(shares.reshape(-1) > 127)
+
+
+def _num_masked(num_patches: int, mask_ratio: float) -> int:
     if num_patches < 2:
         raise ValueError(f"num_patches is {num_patches}; at least 2 are needed to hide one and show one")
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it must lie between 0 and 1, both excluded")
-    num_masked = min(max(round(mask_ratio * num_patches), 1), num_patches - 1)
-    order = np.random.default_rng(seed).permutation(num_patches).astype(np.int64)
-    return np.sort(order[num_masked:]), np.sort(order[:num_masked])
+    return min(max(round(mask_ratio * num_patches), 1), num_patches - 1)
+
+
+def _checked(hidden: NDArray[np.bool_]) -> Mask:
+    count = int(hidden.sum())
+    if not 0 < count < hidden.size:
+        raise ValueError(f"{count} of {hidden.size} patches are hidden; at least one must be hidden and one shown")
+    return _split(hidden)
+
+
+def _split(hidden: NDArray[np.bool_]) -> Mask:
+    # flatnonzero's own type is that of the platform.
+    return Mask(np.flatnonzero(~hidden).astype(np.int64), np.flatnonzero(hidden).astype(np.int64))
 
 
 def paste(

@@ -18,7 +18,8 @@ from cae.weights import load_trained
 from pipeline import export, inference, similar
 from pipeline.batches import first_images
 from pipeline.workspace import Workspace
-from serving.bundle import OUTPUTS, Bundle
+from serving.bundle import Bundle
+from serving.bundle_info import OUTPUTS
 from serving.masks import random_mask
 from tests.pipeline.conftest import STAGES, MakeWorkspace
 from tests.serving.running_server import running
@@ -180,7 +181,14 @@ def test_reconstruct_and_similar_draw_a_picture(made: Made, tmp_path: Path) -> N
     bundle = inference.open_bundle(workspace.bundle, "cpu")
     image = folder / next(iter(images))
     inference.reconstruct(
-        bundle, image, tmp_path / "row.png", mask_ratio=0.5, seed=0, view="side_by_side", skip_regressor=False
+        bundle,
+        image,
+        tmp_path / "row.png",
+        mask_kind="block",
+        mask_ratio=0.5,
+        seed=0,
+        view="side_by_side",
+        skip_regressor=False,
     )
     with Image.open(tmp_path / "row.png") as row:
         assert (row.mode, row.size) == ("L" if workspace.index.channels == 1 else "RGB", (3 * WIDTH, HEIGHT))

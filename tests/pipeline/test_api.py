@@ -106,7 +106,7 @@ def test_reconstructions_are_the_servers(finished: Workspace, bundle: Model, wei
     served = Bundle.open(finished.bundle, "cpu")
     pixels = np.stack([np.asarray(Image.open(path))[None] for path in paths])
     for share, seed in ((None, 0), (0.25, 7)):
-        _, visible, masked = served.random_mask(share, seed)
+        _, (visible, masked) = served.draw_mask("random", share, seed)
         expected = np.concatenate([served.reconstruct(one[None], visible[None], masked[None]) for one in pixels])
         drawn = bundle.random_mask(share, seed)
         assert list(np.flatnonzero(drawn)) == list(masked)

@@ -15,7 +15,8 @@ from cae.weights import load_trained
 from pipeline import export
 from pipeline.batches import first_images, unit_range
 from pipeline.workspace import Workspace
-from serving.bundle import Bundle, BundleError
+from serving.bundle import Bundle
+from serving.bundle_info import BundleError
 from serving.masks import random_mask
 from tests.pipeline.conftest import STAGES, MakeWorkspace
 from tests.pipeline.test_parameters import on_finished

@@ -101,7 +101,7 @@ def test_an_official_checkpoint_is_exported_without_images_or_target(bare: Works
     assert described["capabilities"] == {"embed": True, "reconstruct": False, "skip_reconstruct": False}
     assert described["origin"]["source"] == "official CAE checkpoint official.pth"
     with pytest.raises(CapabilityError):
-        bundle.random_mask(None, 0)
+        bundle.draw_mask("random", None, 0)
 
 
 def test_with_its_target_beside_it_an_official_checkpoint_reconstructs(bare: Workspace, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_with_the_dalle_tokenizer_an_official_checkpoint_reconstructs(bare: Work
     assert export.export(bare, tmp_path / "imported", tmp_path / "bundle", {}).token_agreement >= 0.999
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16 * GRID[0], 16 * GRID[1]), dtype=np.uint8)
-    _, visible, masked = bundle.random_mask(None, seed=0)
+    _, (visible, masked) = bundle.draw_mask("random", None, seed=0)
     completed = bundle.reconstruct(images, visible[None].repeat(2, 0), masked[None].repeat(2, 0))
     assert completed.shape == images.shape
     wrong = write_official(tmp_path / "wrong.pth", official_state(patch_size=16, vocab_size=5))

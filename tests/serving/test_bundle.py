@@ -19,7 +19,8 @@ from tiny_bundle import (
 )
 
 from serving import bundle as bundle_module
-from serving.bundle import OUTPUTS, Bundle, BundleError, CapabilityError
+from serving.bundle import Bundle, CapabilityError
+from serving.bundle_info import OUTPUTS, BundleError
 from serving.machine import available_cpus
 from serving.masks import random_mask
 

@@ -1,0 +1,229 @@
+"""Threads that run what is queued, in batches: whatever waits is taken at once, up to the largest batch that pays.
+
+Each call has a lane of its own, and the lanes take turns, so that a flood of one call does not hold up the other. An
+item whose caller has gone or whose time is over is dropped unseen. When a batch fails its items are run one by one, so
+that only the one at fault fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+_IDLE_BEAT_S = 0.5
+
+_Payload = TypeVar("_Payload")
+_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
+
+
+class ExpiredError(Exception):
+    """The item was not begun before its deadline."""
+
+
+class StoppedError(Exception):
+    """The batch thread has ended, and the item will not be run."""
+
+
+@dataclass(eq=False)
+class _Item(Generic[_Payload, _Result]):
+    payload: _Payload
+    # Only items of one key, say one shape, share a batch.
+    key: Hashable
+    future: asyncio.Future[_Result]
+    deadline: float
+    queued_at: float = field(default_factory=time.monotonic)
+    # How long it took from being queued to being begun, and from there to its result.
+    waited_s: float = 0.0
+    ran_s: float = 0.0
+
+
+@dataclass
+class Times:
+    """Seconds that an item waited and ran."""
+
+    queue: float
+    inference: float
+
+
+class Lane(Generic[_Payload, _Result]):
+    """The queue of one call: what runs a batch, and the batch sizes that are run, ascending and beginning with 1.
+
+    `run` gets the payloads of a batch, all of one key, and gives as many results; it is called in the batch thread.
+    `on_batch` is told the size of every batch and its seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[_Payload]], Sequence[_Result]],
+        on_batch: Callable[[int, float], None],
+        sizes: Sequence[int] = (1,),
+    ) -> None:
+        self.name = name
+        self.sizes = tuple(sizes)
+        self.run = run
+        self.on_batch = on_batch
+        self.items: deque[_Item[_Payload, _Result]] = deque()
+
+    def take(self) -> tuple[list[_Item[_Payload, _Result]], list[_Item[_Payload, _Result]]]:
+        """The next batch, and the items that are too late; both leave the queue, as do those nobody waits for."""
+        now = time.monotonic()
+        waiting: list[_Item[_Payload, _Result]] = []
+        expired: list[_Item[_Payload, _Result]] = []
+        for item in self.items:
+            if not item.future.cancelled():
+                (expired if item.deadline < now else waiting).append(item)
+        alike = [item for item in waiting if item.key == waiting[0].key]
+        size = max((size for size in self.sizes if size <= len(alike)), default=0)
+        batch = alike[:size]
+        chosen = set(map(id, batch))
+        self.items = deque(item for item in waiting if id(item) not in chosen)
+        for item in batch:
+            item.waited_s = now - item.queued_at
+        return batch, expired
+
+
+class Batcher:
+    """The batch threads over some lanes.
+
+    `delay_s` is how long an item waits for company when the batch is not full. With more than one thread that many
+    batches run at the same time.
+    """
+
+    def __init__(self, lanes: Sequence[Lane[Any, Any]], delay_s: float, num_threads: int) -> None:
+        self._lanes = deque(lanes)
+        self._delay_s = delay_s
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batch-{index}", args=(index,), daemon=True)
+            for index in range(num_threads)
+        ]
+        self._running: list[Sequence[_Item[Any, Any]]] = [()] * num_threads
+        self._beats = [0.0] * num_threads
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to work for the event loop that is running."""
+        self._loop = asyncio.get_running_loop()
+        self._beats = [time.monotonic()] * len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads after the batches that they are at. What is queued still gets StoppedError."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def silence_s(self) -> float:
+        """Seconds since the quietest thread showed that it lives: long where a batch hangs, infinite once one ended."""
+        if not all(thread.is_alive() for thread in self._threads):
+            return float("inf")
+        return time.monotonic() - min(self._beats)
+
+    async def submit(
+        self, lane: Lane[_Payload, _Result], payload: _Payload, key: Hashable, deadline: float
+    ) -> tuple[_Result, Times]:
+        """The result of `payload`, and how long it took. `deadline` is on the clock of `time.monotonic`.
+
+        Errors: ExpiredError, StoppedError, and whatever the lane's `run` raises for this item alone.
+        """
+        assert self._loop is not None
+        item = _Item[_Payload, _Result](payload, key, self._loop.create_future(), deadline)
+        with self._condition:
+            if self._stopping:
+                raise StoppedError
+            lane.items.append(item)
+            self._condition.notify()
+        result = await item.future
+        return result, Times(item.waited_s, item.ran_s)
+
+    def _work(self, index: int) -> None:
+        try:
+            while True:
+                with self._condition:
+                    lane = self._next_lane(index)
+                    if lane is None:
+                        return
+                    batch, expired = lane.take()
+                self._running[index] = batch
+                self._deliver(expired, [ExpiredError()] * len(expired))
+                if batch:
+                    self._run(lane, batch)
+                self._running[index] = ()
+        except BaseException:
+            _log.critical("a batch thread has ended", exc_info=True)
+            raise
+        finally:
+            self._give_up(index)
+
+    def _next_lane(self, index: int) -> Lane[Any, Any] | None:
+        """The lane whose turn it is, once it has a batch to run; None to stop."""
+        while not self._stopping:
+            self._beats[index] = time.monotonic()
+            lane = next((lane for lane in self._lanes if lane.items), None)
+            if lane is None:
+                self._condition.wait(_IDLE_BEAT_S)
+                continue
+            patience = self._delay_s - (self._beats[index] - lane.items[0].queued_at)
+            if patience > 0 and len(lane.items) < lane.sizes[-1]:
+                self._condition.wait(min(patience, _IDLE_BEAT_S))
+                continue
+            self._lanes.remove(lane)
+            self._lanes.append(lane)
+            return lane
+        return None
+
+    def _run(self, lane: Lane[Any, Any], batch: Sequence[_Item[Any, Any]]) -> None:
+        started = time.monotonic()
+        outcomes: list[Any]
+        try:
+            outcomes = list(lane.run([item.payload for item in batch]))
+        except Exception as error:
+            if len(batch) > 1:
+                _log.warning("%s: a batch of %d failed (%s); each alone", lane.name, len(batch), error, exc_info=True)
+                for item in batch:
+                    self._run(lane, [item])
+                return
+            outcomes = [error]
+        seconds = time.monotonic() - started
+        for item in batch:
+            item.ran_s = seconds
+        lane.on_batch(len(batch), seconds)
+        self._deliver(batch, outcomes)
+
+    def _deliver(self, items: Sequence[_Item[Any, Any]], outcomes: Sequence[Any]) -> None:
+        """Hand the outcomes, an exception being a failure, to those who wait in the event loop."""
+        assert self._loop is not None
+        if items and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_settle, items, outcomes)
+
+    def _give_up(self, index: int) -> None:
+        """End the other threads too: half of a server would be slow, and nobody would know why."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+            left = [*self._running[index], *(item for lane in self._lanes for item in lane.items)]
+            for lane in self._lanes:
+                lane.items.clear()
+        self._deliver(left, [StoppedError()] * len(left))
+
+
+def _settle(items: Sequence[_Item[Any, Any]], outcomes: Sequence[Any]) -> None:
+    for item, outcome in zip(items, outcomes, strict=True):
+        if item.future.done():
+            continue
+        if isinstance(outcome, Exception):
+            item.future.set_exception(outcome)
+        else:
+            item.future.set_result(outcome)

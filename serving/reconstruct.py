@@ -1,0 +1,178 @@
+"""POST /reconstruct: an image completed from some of its patches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serving import masks, openapi, preprocess
+from serving.answers import JSON, NPY, PNG, SAFETENSORS, json_response, negotiate, npy_response, safetensors_response
+from serving.bodies import Body, ReconstructBody, read_body
+from serving.masks import Mask
+from serving.observe import Stages
+from serving.service import Pixels, ReconstructItem, Service, unless_gone
+
+
+class ReconstructQuery(BaseModel):
+    """The query of /reconstruct."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mask_ratio: float | None = Field(
+        None, gt=0, lt=1, description="share of the patches to hide; the bundle's own by default", examples=[0.5]
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="which patches are hidden; the same seed hides the same; 0 by default"
+    )
+    mask_kind: masks.MaskKind | None = Field(
+        None, description="patches hidden each by itself, or in rectangles as in pretraining; random by default"
+    )
+    masked: str | None = Field(
+        None,
+        description="indices of the patches to hide, row by row and comma-separated, as X-Masked-Patches gives them",
+        examples=["0,1,7"],
+    )
+    skip_regressor: bool = Field(
+        False, description="hide nothing: the whole image through encoder and decoder, without the regressor"
+    )
+    view: masks.View = Field(
+        "pasted",
+        description="the PNG: the reconstruction alone; the hidden patches pasted into the image; or image, image with "
+        "hidden patches in grey, and pasted side by side (without regressor: image and completion)",
+    )
+
+    @field_validator("masked")
+    @classmethod
+    def _are_indices(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", value, re.ASCII):
+            raise ValueError("expected indices of patches, comma-separated, as in 0,1,7")
+        return value
+
+    @model_validator(mode="after")
+    def _one_mask(self) -> ReconstructQuery:
+        drawn = [name for name in ("mask_ratio", "seed", "mask_kind") if getattr(self, name) is not None]
+        if self.masked is not None and drawn:
+            raise ValueError(f"masked says which patches are hidden; leave out {' and '.join(drawn)}")
+        if self.skip_regressor and (drawn or self.masked is not None):
+            raise ValueError("skip_regressor=true hides no patch; leave out mask_ratio, seed, mask_kind and masked")
+        return self
+
+
+class Hidden(NamedTuple):
+    """The mask of one request and where it comes from; ratio and seed where it was drawn."""
+
+    mask: Mask
+    kind: str
+    ratio: float | None = None
+    seed: int | None = None
+
+
+def router(service: Service) -> APIRouter:
+    """The call over `service`."""
+    routes = APIRouter()
+
+    @routes.post("/reconstruct", response_class=Response, **openapi.reconstruct(service.bundle, ReconstructBody))
+    async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query()]) -> Response:
+        """The image completed from some of its patches: drawn at random, named, or painted as a mask.
+
+        PNG is the `view`; JSON, npy and safetensors hold the whole reconstruction, float32 [1, C, H, W] in 0-1.
+        X-Masked-Patches says what was hidden; sent back as `masked` it repeats the call exactly.
+        """
+        offered = [PNG, JSON, NPY, SAFETENSORS]
+        form = negotiate(request.headers.get("accept"), offered, f"leave Accept out to get {PNG}")
+        service.bundle.check_capability("skip_reconstruct" if query.skip_regressor else "reconstruct")
+        stages = Stages(service.metrics, service.reconstruction.name)
+        async with service.admitted(service.reconstruction, request) as ticket:
+            with stages.timed("read"):
+                body = await read_body(request, ticket, service.settings, ReconstructBody)
+            if len(body.images) > 1:
+                raise _bad("images", f"{len(body.images)} images; expected one")
+            return await unless_gone(request, _answer(service, request, query, body, form, stages))
+
+    return routes
+
+
+async def _answer(
+    service: Service, request: Request, query: ReconstructQuery, body: Body, form: str, stages: Stages
+) -> Response:
+    hidden = await service.in_thread(_hidden, service, query, body)
+    with stages.timed("decode"):
+        (image,) = await service.decode(body.images)
+    item = ReconstructItem(image, hidden.mask if hidden else None)
+    (reconstruction,) = await service.run(service.reconstruction, [item], stages)
+    return await service.in_thread(_write, service, request, query, image, hidden, reconstruction, form, stages)
+
+
+def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | None:
+    """Errors: RequestValidationError, ImageError for a mask that is no image."""
+    grid = service.bundle.info.model.grid
+    named = body.masked if query.masked is None else [int(text) for text in query.masked.split(",")]
+    sources = [named is not None, body.mask is not None, query.skip_regressor]
+    drawn = (query.mask_ratio, query.seed, query.mask_kind) != (None, None, None)
+    if sum(sources) > 1 or (drawn and any(sources)) or (query.masked is not None and body.masked is not None):
+        raise _bad("mask", "the mask is given twice; send one of masked, a mask image, a ratio with seed, or none")
+    if query.skip_regressor:
+        return None
+    if named is not None:
+        return Hidden(_valid("masked", lambda: masks.given_mask(grid[0] * grid[1], named)), "given")
+    if body.mask is not None:
+        picture = preprocess.to_mode(preprocess.decode(body.mask, max_pixels=service.settings.max_pixels), 1)
+        return Hidden(_valid("mask", lambda: masks.painted_mask(picture, grid)), "image")
+    kind, seed = query.mask_kind or "random", query.seed or 0
+    ratio, mask = service.bundle.draw_mask(kind, query.mask_ratio, seed)
+    return Hidden(mask, kind, ratio, seed)
+
+
+def _write(
+    service: Service,
+    request: Request,
+    query: ReconstructQuery,
+    image: Pixels,
+    hidden: Hidden | None,
+    reconstruction: NDArray[np.float32],
+    form: str,
+    stages: Stages,
+) -> Response:
+    picture = b""
+    with stages.timed("encode"):
+        if form == PNG:
+            masked = hidden.mask.masked if hidden else None
+            drawn = masks.draw(query.view, image, reconstruction, masked, service.bundle.info.model.patch_size)
+            picture = masks.png(drawn)
+    request.state.facts.update(stages.milliseconds())
+    headers, about = service.headers(stages), service.about(request)
+    arrays: dict[str, Any] = {"reconstruction": reconstruction[None]}
+    if hidden:
+        drawn_by = {"mask_ratio": hidden.ratio, "seed": hidden.seed} if hidden.ratio else {}
+        about |= {"mask_kind": hidden.kind, **{name: str(value) for name, value in drawn_by.items()}}
+        arrays |= {"visible": hidden.mask.visible, "masked": hidden.mask.masked}
+        headers |= {"X-Mask-Kind": hidden.kind, "X-Masked-Patches": ",".join(map(str, hidden.mask.masked))}
+        headers |= {f"X-Mask-{name.removeprefix('mask_').title()}": str(value) for name, value in drawn_by.items()}
+    if form == PNG:
+        return Response(picture, media_type=PNG, headers=headers)
+    if form == NPY:
+        return npy_response(arrays["reconstruction"], headers)
+    if form == SAFETENSORS:
+        return safetensors_response(arrays, about, headers)
+    content: dict[str, Any] = {**about, "grid": list(service.bundle.info.model.grid)}
+    if hidden:
+        content |= {"mask_ratio": hidden.ratio, "seed": hidden.seed}
+    return json_response(content | {"shape": list(arrays["reconstruction"].shape)} | arrays, headers)
+
+
+def _valid(field: str, make: Callable[[], Mask]) -> Mask:
+    try:
+        return make()
+    except ValueError as error:
+        raise _bad(field, str(error)) from None
+
+
+def _bad(field: str, problem: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", field), "msg": problem}])

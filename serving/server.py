@@ -1,0 +1,81 @@
+"""One process: warming up beside the open port, draining on SIGTERM, and ending when the batch thread has died."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from types import FrameType
+
+import uvicorn
+
+from serving.app import create_app
+from serving.service import Service
+
+# Time for whoever watches to see that the process is not live, before it ends.
+_LAST_WORDS_S = 2.0
+_log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn over one service. `failed` says after `run` whether it ended because it could not go on."""
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        self.failed = False
+        self._service = service
+        self._warming: asyncio.Task[None] | None = None
+        self._deadline = float("inf")
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                host=settings.host,
+                port=settings.port,
+                # Requests are logged by Observe, with their ids.
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+                server_header=False,
+            )
+        )
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn asks ten times a second: whether it is time to end."""
+        if self._warming is None:
+            self._warming = asyncio.create_task(self._warm())
+        service = self._service
+        if not service.live and not self.failed:
+            self.failed = True
+            service.draining = True
+            self._deadline = time.monotonic() + _LAST_WORDS_S
+            _log.critical("the batch thread has ended or hangs; the server ends")
+        if service.draining and (time.monotonic() > self._deadline or (service.idle and not self.failed)):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On the first SIGTERM or Ctrl-C finish what was admitted and end; on the next end at once."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._deadline = time.monotonic() + self._service.settings.grace_s
+
+    async def _warm(self) -> None:
+        started = time.monotonic()
+        service = self._service
+        try:
+            await asyncio.to_thread(service.warm)
+        except Exception:
+            _log.critical("the bundle cannot run", exc_info=True)
+            self.failed = self.should_exit = True
+            return
+        _log.info(
+            "ready after %.1f s: %s in %s on %s, %d threads, batches of %s",
+            time.monotonic() - started,
+            service.settings.bundle,
+            service.bundle.precision,
+            service.bundle.provider,
+            service.bundle.num_threads,
+            {call.name: call.lane.sizes[-1] for call in service.calls},
+        )

@@ -1,0 +1,274 @@
+"""What the endpoints share: admission, decoding, and the two calls of the bundle behind their queues."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+from serving import preprocess
+from serving.admission import Admission, QueueFullError, Ticket
+from serving.batcher import Batcher, Lane, Times
+from serving.bodies import declared_bytes
+from serving.bundle import Bundle
+from serving.bundle_info import Output
+from serving.errors import retry_later
+from serving.masks import Mask
+from serving.metrics import Metrics
+from serving.observe import Stages
+from serving.settings import Settings
+from serving.warmup import batch_sizes
+
+Pixels = NDArray[np.uint8]
+Features = dict[Output, NDArray[np.float32]]
+
+# A GPU gains from fuller batches; not yet measured.
+_CUDA_DELAY_MS = 2.0
+_LONGEST_RETRY_S = 60
+
+_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
+
+
+class EmbedItem(NamedTuple):
+    """One image, uint8 [C, H, W], and the outputs that are wanted of it."""
+
+    image: Pixels
+    outputs: tuple[Output, ...]
+
+
+class ReconstructItem(NamedTuple):
+    """One image, uint8 [C, H, W], and what is hidden of it; without a mask it goes the way without regressor."""
+
+    image: Pixels
+    mask: Mask | None
+
+
+class Call:
+    """One of the two calls: its room, its queue and its figures."""
+
+    def __init__(
+        self, name: str, settings: Settings, metrics: Metrics, run: Callable[[Sequence[Any]], Sequence[Any]]
+    ) -> None:
+        self.name = name
+        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes)
+        self.lane: Lane[Any, Any] = Lane(name, run, self._ran)
+        self._metrics = metrics
+        # Seconds for each image of late, for Retry-After; nothing is known before the first batch.
+        self._image_s = 0.0
+        metrics.watch_queue(
+            name, lambda: self.admission.images, lambda: self.admission.bytes, lambda: len(self.lane.items)
+        )
+
+    def retry_after_s(self) -> float:
+        """How long it should take until what is admitted now has been answered."""
+        return min(self._image_s * self.admission.images, _LONGEST_RETRY_S)
+
+    def _ran(self, size: int, seconds: float) -> None:
+        self._metrics.images.labels(self.name).inc(size)
+        self._metrics.batch_size.labels(self.name).observe(size)
+        self._metrics.batch_seconds.labels(self.name).observe(seconds)
+        self._image_s = seconds / size if self._image_s == 0 else 0.9 * self._image_s + 0.1 * seconds / size
+
+
+class Service:
+    """A bundle at work. Everything but `warm` is for the event loop."""
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.bundle = bundle
+        self.settings = settings
+        self.metrics = Metrics()
+        self.embedding = Call("embed", settings, self.metrics, self._embed)
+        self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct)
+        self.warmed = False
+        self.draining = False
+        delay_ms = settings.batch_delay_ms
+        if delay_ms is None:
+            delay_ms = _CUDA_DELAY_MS if bundle.on_cuda else 0.0
+        self._batcher = Batcher([self.embedding.lane, self.reconstruction.lane], delay_ms / 1000, num_threads=1)
+        # More at once would not be faster, only hold more decoded pictures in memory.
+        self._room = anyio.CapacityLimiter(bundle.num_threads)
+        self.metrics.watch_state(lambda: self.live, lambda: self.ready)
+        self.metrics.runs_on(settings.device, bundle.provider, bundle.precision)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return self.embedding, self.reconstruction
+
+    @property
+    def live(self) -> bool:
+        return self._batcher.silence_s() < self.settings.heartbeat_timeout_s
+
+    @property
+    def ready(self) -> bool:
+        return self.warmed and not self.draining and self.live
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was admitted has been answered."""
+        return self.embedding.admission.images == 0 == self.reconstruction.admission.images
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The batch thread, for the time of the context."""
+        self._batcher.start()
+        try:
+            yield
+        finally:
+            self._batcher.stop()
+
+    def warm(self) -> None:
+        """Run every shape that will be run, and find the batch sizes that pay."""
+        limit = self.settings.max_batch_size
+        prepared = self.bundle.info.preprocessing
+        shape = (prepared.channels, prepared.height, prepared.width)
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        items: dict[Call, Any] = {self.embedding: EmbedItem(image, self.bundle.info.outputs)}
+        if self.bundle.info.capabilities.reconstruct:
+            _, mask = self.bundle.draw_mask("random", None, 0)
+            items[self.reconstruction] = ReconstructItem(image, mask)
+        for call, item in items.items():
+            call.lane.sizes = batch_sizes(functools.partial(_repeat, call.lane.run, item), limit)
+        if self.bundle.info.capabilities.skip_reconstruct:
+            for size in self.reconstruction.lane.sizes:
+                self._reconstruct([ReconstructItem(image, None)] * size)
+        self.warmed = True
+
+    def check_ready(self) -> None:
+        """Errors: ApiError 503."""
+        if self.draining:
+            raise retry_later(503, "draining", "the server is stopping; it finishes what it has and takes nothing new")
+        if not self.ready:
+            raise retry_later(503, "not_ready", "the server is warming up" if self.live else "the server has failed")
+
+    @asynccontextmanager
+    async def admitted(self, call: Call, request: Request) -> AsyncIterator[Ticket]:
+        """Room for the request while the context lasts. Errors: ApiError 503, 413, 429."""
+        self.check_ready()
+        num_bytes = declared_bytes(request, self.settings.max_body_bytes)
+        try:
+            with call.admission.admit(num_bytes) as ticket:
+                yield ticket
+                request.state.facts.update(images=ticket.images, bytes=ticket.bytes)
+        except QueueFullError as error:
+            raise retry_later(429, "queue_full", str(error), call.retry_after_s()) from None
+
+    async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        """The result of `work` from a worker thread, so that the event loop stays free."""
+        return await anyio.to_thread.run_sync(work, *arguments, limiter=self._room)
+
+    async def decode(self, files: Sequence[bytes]) -> list[Pixels]:
+        """Each image file as uint8 [C, H, W], completely decoded. Errors: ImageError, which says which of several."""
+        if len(files) == 1:
+            return [await self.in_thread(self._prepared, files[0])]
+        return await _all([functools.partial(self.in_thread, self._prepared_of, *item) for item in enumerate(files)])
+
+    async def run(self, call: Call, items: Sequence[Any], stages: Stages) -> list[Any]:
+        """The results of the items, in their order. Errors: ExpiredError, StoppedError."""
+        deadline = time.monotonic() + self.settings.request_timeout_s
+        outcomes: list[tuple[Any, Times]] = await _all(
+            [functools.partial(self._batcher.submit, call.lane, item, self._key(item), deadline) for item in items]
+        )
+        # Of several images: how long the slowest waited and ran.
+        stages.add("queue", max(times.queue for _, times in outcomes))
+        stages.add("inference", max(times.inference for _, times in outcomes))
+        return [result for result, _ in outcomes]
+
+    def headers(self, stages: Stages) -> dict[str, str]:
+        rows, columns = self.bundle.info.model.grid
+        return {
+            "X-Patch-Grid": f"{rows}x{columns}",
+            "X-Bundle-Sha256": self.bundle.sha256,
+            "X-Precision": self.bundle.precision,
+            "Server-Timing": stages.server_timing(),
+        }
+
+    def about(self, request: Request) -> dict[str, str]:
+        """What every answer but a picture says beside its arrays."""
+        rows, columns = self.bundle.info.model.grid
+        return {
+            "request_id": request.state.request_id,
+            "bundle_sha256": self.bundle.sha256,
+            "grid": f"{rows}x{columns}",
+            "precision": self.bundle.precision,
+        }
+
+    def _prepared(self, data: bytes) -> Pixels:
+        image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
+        return preprocess.prepare(image, self.bundle.info.preprocessing)
+
+    def _prepared_of(self, index: int, data: bytes) -> Pixels:
+        try:
+            return self._prepared(data)
+        except preprocess.ImageError as error:
+            raise preprocess.ImageError(error.reason, f"image {index}: {error}") from None
+
+    @staticmethod
+    def _key(item: EmbedItem | ReconstructItem) -> tuple[int, ...]:
+        """What must be equal in one batch: the shapes of the arrays."""
+        return (
+            () if isinstance(item, EmbedItem) or item.mask is None else (len(item.mask.visible), len(item.mask.masked))
+        )
+
+    def _embed(self, items: Sequence[EmbedItem]) -> list[Features]:
+        wanted = tuple(dict.fromkeys(output for item in items for output in item.outputs))
+        arrays = self.bundle.embed(np.stack([item.image for item in items]), wanted)
+        return [{name: arrays[name][index] for name in item.outputs} for index, item in enumerate(items)]
+
+    def _reconstruct(self, items: Sequence[ReconstructItem]) -> list[NDArray[np.float32]]:
+        images = np.stack([item.image for item in items])
+        masks = [item.mask for item in items if item.mask is not None]
+        if not masks:
+            return list(self.bundle.skip_reconstruct(images))
+        visible, masked = (np.stack(indices) for indices in zip(*masks, strict=True))
+        return list(self.bundle.reconstruct(images, visible, masked))
+
+
+def _repeat(run: Callable[[Sequence[Any]], object], item: object, size: int) -> None:
+    run([item] * size)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`, which is cancelled when the caller hangs up. The body must have been read.
+
+    Errors: ClientDisconnect.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    tasks: set[asyncio.Task[Any]] = {working, leaving}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _all(calls: Sequence[Callable[[], Coroutine[Any, Any, _Result]]]) -> list[_Result]:
+    """The results of all calls at once, in their order; the first error ends the others and is raised as it is."""
+    if len(calls) == 1:
+        return [await calls[0]()]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call()) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
