@@ -31,7 +31,9 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, c
     return int(head.split(b" ", 2)[1]), await reader.readexactly(length)
 
 
-async def connection(host: str, port: int, content: bytes, until: float, answers: list[tuple[float, float, int]]) -> None:
+async def connection(
+    host: str, port: int, content: bytes, until: float, answers: list[tuple[float, float, int]]
+) -> None:
     """Add (when it came, how long it took, status) of every answer."""
     reader, writer = await asyncio.open_connection(host, port)
     while (sent := time.perf_counter()) < until:

@@ -29,6 +29,18 @@ class Server:
     port: int
     request: Path
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the process and all below it for the length of the context, so that it takes nothing from the others."""
+        tree = _tree(self.process.pid)
+        for process in tree:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in tree:
+                process.resume()
+
 
 @dataclass
 class RawSession:
@@ -85,13 +97,14 @@ def load(target: Server, num_clients: int, warm_up_s: float, seconds: float) -> 
 
 
 @contextmanager
-def others_cpu(figures: dict[str, Any]) -> Iterator[None]:
-    """Add to `figures`, at the end of the context, how many CPUs all other processes used (time stolen included).
+def others_cpu() -> Iterator[dict[str, float]]:
+    """Gets, at the end of the context, how many CPUs all other processes used (time stolen by other machines included).
 
     A figure taken while others used much of the machine is no figure.
     """
+    figures: dict[str, float] = {}
     busy, own, start = _busy_s(), _own_s(), time.perf_counter()
-    yield
+    yield figures
     used = (_busy_s() - busy) - (_own_s() - own)
     figures["others_cpu"] = max(0.0, used / (time.perf_counter() - start))
 
@@ -103,11 +116,15 @@ def idle_cpu(servers: dict[str, Server], seconds: float) -> dict[str, float]:
     return {name: (_tree_s(item.process.pid) - before[name]) / seconds for name, item in servers.items()}
 
 
+def _tree(pid: int) -> list[psutil.Process]:
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
 def _tree_s(pid: int) -> float:
     """CPU seconds of a process and of all below it, those that ended included."""
     total = 0.0
-    root = psutil.Process(pid)
-    for process in (root, *root.children(recursive=True)):
+    for process in _tree(pid):
         times = process.cpu_times()
         total += times.user + times.system + times.children_user + times.children_system
     return total
@@ -119,7 +136,9 @@ def _own_s() -> float:
 
 def _busy_s() -> float:
     times = psutil.cpu_times()
-    return sum(value for name, value in times._asdict().items() if name not in ("idle", "iowait", "guest", "guest_nice"))
+    return sum(
+        value for name, value in times._asdict().items() if name not in ("idle", "iowait", "guest", "guest_nice")
+    )
 
 
 def _wait_for_health(process: subprocess.Popen[bytes], port: int, path: str, log: Path) -> None:
@@ -139,7 +158,7 @@ def _wait_for_health(process: subprocess.Popen[bytes], port: int, path: str, log
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    children = _tree(process.pid)[1:] if process.poll() is None else []
     process.terminate()
     try:
         process.wait(timeout=STOP_S)

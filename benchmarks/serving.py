@@ -112,9 +112,7 @@ def contest(
     """Start the three, and measure them in turn, each alone under load while the others wait."""
     with tempfile.TemporaryDirectory() as folder, contenders(bundle, precision, Path(folder)) as (raw, servers):
         idle = processes.idle_cpu(servers, min(seconds, 3))
-        rounds = [
-            _round(raw, servers, clients, seconds) for _ in range(num_rounds) for clients in num_clients
-        ]
+        rounds = [_round(raw, servers, clients, seconds) for _ in range(num_rounds) for clients in num_clients]
     return Contest(bundle.name, precision, idle, rounds)
 
 
@@ -153,23 +151,25 @@ def contenders(
         yield raw, servers
 
 
-def _round(
-    raw: processes.RawSession, servers: dict[str, processes.Server], num_clients: int, seconds: float
-) -> Round:
+def _round(raw: processes.RawSession, servers: dict[str, processes.Server], num_clients: int, seconds: float) -> Round:
     measured = Round(num_clients)
-    for batch_size in RAW_BATCH_SIZES:
-        figures: dict[str, float] = {}
-        with processes.others_cpu(figures):
-            figures |= raw.measure(batch_size, seconds / len(RAW_BATCH_SIZES))
-        measured.raw[batch_size] = figures
-    for name, server in servers.items():
-        figures = {}
-        with processes.others_cpu(figures):
-            figures |= processes.load(server, num_clients, min(1.0, seconds), seconds)
-        if figures["num_failed"]:
-            raise RuntimeError(f"{name} refused {figures['num_failed']:.0f} of its requests; see its log")
-        setattr(measured, name, figures)
+    # LitServe polls its queues while it waits, which would be taken from the others.
+    with servers["litserve"].paused():
+        for batch_size in RAW_BATCH_SIZES:
+            with processes.others_cpu() as others:
+                figures = raw.measure(batch_size, seconds / len(RAW_BATCH_SIZES))
+            measured.raw[batch_size] = figures | others
+        measured.ours = _answered(servers["ours"], num_clients, seconds)
+    measured.litserve = _answered(servers["litserve"], num_clients, seconds)
     return measured
+
+
+def _answered(server: processes.Server, num_clients: int, seconds: float) -> dict[str, float]:
+    with processes.others_cpu() as others:
+        figures = processes.load(server, num_clients, min(1.0, seconds), seconds)
+    if figures["num_failed"]:
+        raise RuntimeError(f"{server.process.args} refused {figures['num_failed']:.0f} of its requests")
+    return figures | others
 
 
 def client_cost(seconds: float) -> dict[str, float]:
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--bundle",
         type=Path,
         action="append",
-        help="folder of a bundle, may be given several times (default: models/bundle, and a ViT-S/16 of random weights)",
+        help="folder of a bundle, may be repeated (default: models/bundle, and a ViT-S/16 of random weights)",
     )
     parser.add_argument(
         "--precision",
