@@ -59,7 +59,7 @@ def test_cuda_without_cuda_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_setting_is_named_with_its_variable() -> None:
     assert "CAE_SERVING_MAX_PIXELS" in refused(environment={"CAE_SERVING_MAX_PIXELS": "many"})
-    assert "--port or CAE_SERVING_PORT" in refused("--port", "99999")
+    assert "--port, CAE_SERVING_PORT" in refused("--port", "99999")
 
 
 def test_flags_win_over_the_environment_and_sigterm_ends_with_0(tmp_path: Path) -> None:
