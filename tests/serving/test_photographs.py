@@ -37,7 +37,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         channels=3, grid=(6, 8), patch_size=16, depth=3, width=96, num_heads=3, layer_scale=1.0
     )
     normalization = Normalization([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    save_trained(folder, build_encoder(architecture), describe(architecture, normalization, 0.875, {"name": "random"}))
+    origin = {"name": "random", "source": "random weights"}
+    save_trained(folder, build_encoder(architecture), describe(architecture, normalization, 0.875, origin))
     return folder
 
 
@@ -78,11 +79,11 @@ def files() -> dict[str, bytes]:
         for kind, options in kinds.items():
             buffer = io.BytesIO()
             photograph.save(buffer, **options)
-            written[f"{name}.{kind}"] = buffer.getvalue()
+            written[f"{Path(name).stem}.{kind}"] = buffer.getvalue()
         for mode, kind in (("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")):
             buffer = io.BytesIO()
             photograph.convert(mode).save(buffer, kind)
-            written[f"{name}.{mode}"] = buffer.getvalue()
+            written[f"{Path(name).stem}.{mode}"] = buffer.getvalue()
     return written
 
 
