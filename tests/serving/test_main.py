@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from running_server import ROOT, START_S, running
 from tiny_bundle import write_tiny_bundle
 
 from serving.machine import has_nvidia_device
+from serving.settings import Settings
 
 
 def refused(*arguments: str, environment: dict[str, str] | None = None, code: int = 2) -> str:
@@ -161,3 +163,12 @@ def test_a_bundle_whose_graphs_take_other_images_is_refused(tmp_path: Path) -> N
     info["preprocessing"] |= {"height": 64, "width": 64}
     (folder / "bundle.json").write_text(json.dumps(info))
     assert "takes images of [3, 32, 32], but bundle.json says [3, 64, 64]" in refused("--bundle", str(folder))
+
+
+def test_the_manual_lists_every_setting_with_its_default() -> None:
+    manual = (ROOT / "docs/operations.md").read_text()
+    listed = dict(re.findall(r"^\| `CAE_SERVING_(\w+)` \| ([^|]+) \|", manual, re.MULTILINE))
+    assert set(listed) == {name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.default, int | float | str | Path) and field.default != "":
+            assert listed[name.upper()] == f"`{field.default}`"
