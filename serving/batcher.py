@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 _IDLE_BEAT_S = 0.5
+_JOIN_S = 5.0
 
 _Payload = TypeVar("_Payload")
 _Result = TypeVar("_Result")
@@ -118,12 +119,15 @@ class Batcher:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads after the batches that they are at. What is queued still gets StoppedError."""
+        """End the threads after the batches that they are at; what is queued still gets StoppedError.
+
+        A thread that hangs cannot be ended. It is left behind, and does not keep the process.
+        """
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(_JOIN_S)
 
     def silence_s(self) -> float:
         """Seconds since the quietest thread showed that it lives: long where a batch hangs, infinite once one ended."""
@@ -163,7 +167,6 @@ class Batcher:
                 self._running[index] = ()
         except BaseException:
             _log.critical("a batch thread has ended", exc_info=True)
-            raise
         finally:
             self._give_up(index)
 

@@ -86,7 +86,9 @@ class Bundle:
         for capability, graph in GRAPHS.items():
             if capability != "embed" and getattr(info.capabilities, capability):
                 sessions[capability] = loader.load(graph, graph.outputs)
-        return cls(info, sha256, sessions, loader.provider, threads, chosen)
+        opened = cls(info, sha256, sessions, loader.provider, threads, chosen)
+        opened._check_sizes(folder)
+        return opened
 
     @property
     def on_cuda(self) -> bool:
@@ -165,6 +167,17 @@ class Bundle:
         self.check_capability(capability)
         return self._sessions[capability]
 
+    def _check_sizes(self, folder: Path) -> None:
+        """Errors: BundleError where a graph takes other images than bundle.json says."""
+        expected = [self.info.preprocessing.channels, self.info.preprocessing.height, self.info.preprocessing.width]
+        for capability, session in self._sessions.items():
+            found = next(node.shape[1:] for node in session.get_inputs() if node.name == "images")
+            if found != expected:
+                raise BundleError(
+                    f"{folder / GRAPHS[capability].file}: takes images of {found}, but bundle.json says {expected} "
+                    "(channels, height, width). Export the bundle again"
+                )
+
     def _check_images(self, images: NDArray[np.uint8]) -> None:
         expected = (self.info.preprocessing.channels, self.info.preprocessing.height, self.info.preprocessing.width)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
@@ -195,6 +208,8 @@ class _Loader:
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = num_threads
         self._options.inter_op_num_threads = 1
+        # Threads that spin while they wait for work take the cores from decoding, and from whoever else is here.
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.provider == _CUDA:
             # CUDA and cuDNN may lie in wheels beside onnxruntime, where the system's loader does not look.
             onnxruntime.preload_dlls()

@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serving import masks, openapi, preprocess
@@ -123,11 +124,19 @@ def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | N
     if named is not None:
         return Hidden(_valid("masked", lambda: masks.given_mask(grid[0] * grid[1], named)), "given")
     if body.mask is not None:
-        picture = preprocess.to_mode(preprocess.decode(body.mask, max_pixels=service.settings.max_pixels), 1)
+        picture = _painting(body.mask, service.settings.max_pixels)
         return Hidden(_valid("mask", lambda: masks.painted_mask(picture, grid)), "image")
     kind, seed = query.mask_kind or "random", query.seed or 0
     ratio, mask = service.bundle.draw_mask(kind, query.mask_ratio, seed)
     return Hidden(mask, kind, ratio, seed)
+
+
+def _painting(file: bytes, max_pixels: int) -> Image.Image:
+    """The mask image in grey. Errors: ImageError."""
+    try:
+        return preprocess.to_mode(preprocess.decode(file, max_pixels=max_pixels), 1)
+    except preprocess.ImageError as error:
+        raise preprocess.ImageError(error.reason, f"mask: {error}") from None
 
 
 def _write(

@@ -6,6 +6,7 @@ over variables, variables over the file.
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Literal
 
@@ -92,4 +93,7 @@ class Settings(BaseSettings):
         if not Path(file).is_file():
             # Or a mistyped name would mean the defaults.
             raise SettingsError(f"{file}: there is no such file of settings (--config or {PREFIX}CONFIG names it)")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(file))
+        try:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(file))
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{file}: not TOML ({error})") from None

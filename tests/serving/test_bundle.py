@@ -106,7 +106,6 @@ def test_the_provider_that_runs_and_the_threads_are_reported(opened: Bundle) -> 
 
 def test_an_encoder_alone_embeds_and_says_what_it_lacks(tmp_path: Path, random_pixels: Pixels) -> None:
     alone = Bundle.open(write_tiny_bundle(tmp_path, reconstructors=False), "cpu")
-    alone.warm()
     images = random_pixels(1, 3, 32, 32)
     assert list(alone.embed(images)) == list(OUTPUTS)
     with pytest.raises(CapabilityError, match=r"no reconstructor\.onnx"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from running_server import ROOT, START_S, running
 from tiny_bundle import write_tiny_bundle
 
 from serving.machine import has_nvidia_device
+from serving.settings import Settings
 
 
 def refused(*arguments: str, environment: dict[str, str] | None = None, code: int = 2) -> str:
@@ -59,7 +62,7 @@ def test_cuda_without_cuda_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_setting_is_named_with_its_variable() -> None:
     assert "CAE_SERVING_MAX_PIXELS" in refused(environment={"CAE_SERVING_MAX_PIXELS": "many"})
-    assert "--port or CAE_SERVING_PORT" in refused("--port", "99999")
+    assert "--port, CAE_SERVING_PORT" in refused("--port", "99999")
 
 
 def test_flags_win_over_the_environment_and_sigterm_ends_with_0(tmp_path: Path) -> None:
@@ -99,3 +102,73 @@ def test_serving_needs_neither_torch_nor_the_other_packages() -> None:
     code = "import sys, serving.app, serving.__main__; print({'torch', 'cae', 'pipeline', 'onnx'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=START_S)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_file_holds_settings_and_variables_win_over_it(tmp_path: Path) -> None:
+    folder = write_tiny_bundle(tmp_path / "bundle")
+    (tmp_path / "serving.toml").write_text('num_threads = 1\nmax_images = 3\nmax_pixels = 7\ncors_origins = ["*"]\n')
+    environment = {"CAE_SERVING_CONFIG": str(tmp_path / "serving.toml"), "CAE_SERVING_MAX_PIXELS": "5000"}
+    with running(folder, tmp_path / "log", environment) as server:
+        info = httpx.get(server.url + "/info").json()
+    assert info["device"]["num_threads"] == 1
+    assert (info["limits"]["max_images"], info["limits"]["max_pixels"]) == (3, 5000)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_imagse = 3\n", "max_imagse"),
+        ("max_images = 0\n", "max_images (CAE_SERVING_MAX_IMAGES, or in the file of settings)"),
+        ("max_images = \n", "serving.toml"),
+    ],
+)
+def test_a_bad_file_of_settings_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "serving.toml").write_text(text)
+    assert expected in refused("--config", str(tmp_path / "serving.toml"))
+
+
+def test_a_file_of_settings_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "nowhere.toml: there is no such file" in refused("--config", str(tmp_path / "nowhere.toml"))
+
+
+def test_a_key_is_not_repeated_even_if_it_will_not_do() -> None:
+    line = refused(environment={"CAE_SERVING_API_KEY": "short"})
+    assert "CAE_SERVING_API_KEY" in line
+    assert "short" not in line.replace("shorter", "")
+
+
+def test_a_list_that_is_no_json_is_refused() -> None:
+    assert "cors_origins" in refused(environment={"CAE_SERVING_CORS_ORIGINS": "https://a.example"})
+
+
+def test_a_port_that_is_taken_ends_the_start(tmp_path: Path) -> None:
+    folder = write_tiny_bundle(tmp_path / "bundle")
+    with running(folder, tmp_path / "log", {}) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "serving", "--bundle", str(folder), "--port", server.url.rsplit(":", 1)[1]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+        )
+    assert done.returncode == 3
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_whose_graphs_take_other_images_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_bundle(tmp_path / "bundle")
+    info = json.loads((folder / "bundle.json").read_text())
+    info["model"]["patch_size"] = 16
+    info["preprocessing"] |= {"height": 64, "width": 64}
+    (folder / "bundle.json").write_text(json.dumps(info))
+    assert "takes images of [3, 32, 32], but bundle.json says [3, 64, 64]" in refused("--bundle", str(folder))
+
+
+def test_the_manual_lists_every_setting_with_its_default() -> None:
+    manual = (ROOT / "docs/operations.md").read_text()
+    listed = dict(re.findall(r"^\| `CAE_SERVING_(\w+)` \| ([^|]+) \|", manual, re.MULTILINE))
+    assert set(listed) == {name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.default, int | float | str | Path) and field.default != "":
+            assert listed[name.upper()] == f"`{field.default}`"

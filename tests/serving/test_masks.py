@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.masks import draw, paste, png, random_mask
+from cae.masking import MaskSampler
+from serving.masks import block_mask, draw, given_mask, painted_mask, paste, png, random_mask
 
 Pixels = Callable[..., NDArray[np.uint8]]
 
@@ -98,3 +99,43 @@ def test_grey_stays_grey_and_png_is_lossless(image: NDArray[np.uint8], reconstru
     read = Image.open(io.BytesIO(png(picture)))
     assert (read.mode, read.format, read.size) == ("L", "PNG", (12, 8))
     np.testing.assert_array_equal(np.asarray(read), paste(image[:1], reconstruction[:1], MASKED, 4)[0])
+
+
+# Other masks
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (6, 10), (1, 12)])
+@pytest.mark.parametrize("mask_ratio", [0.1, 0.5, 0.75])
+def test_blocks_are_those_of_pretraining(grid: tuple[int, int], mask_ratio: float) -> None:
+    num_masked = round(mask_ratio * grid[0] * grid[1])
+    sampler = MaskSampler(grid, num_masked, "block", min_block=16 / 196)
+    for seed in range(5):
+        visible, masked = sampler(np.random.default_rng(seed))
+        ours = block_mask(grid, mask_ratio, seed)
+        np.testing.assert_array_equal(ours.visible, visible)
+        np.testing.assert_array_equal(ours.masked, masked)
+        assert ours.visible.dtype == ours.masked.dtype == np.int64
+
+
+def test_a_mask_that_is_given_hides_just_that() -> None:
+    visible, masked = given_mask(6, (4, 1))
+    assert (visible.tolist(), masked.tolist()) == ([0, 2, 3, 5], [1, 4])
+    for indices, text in (
+        ((6,), "6 is not a patch"),
+        ((-1,), "-1 is not"),
+        ((1, 1), "1 is there twice"),
+        ((), "0 of 6"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            given_mask(6, indices)
+    with pytest.raises(ValueError, match="6 of 6"):
+        given_mask(6, range(6))
+
+
+def test_a_patch_is_hidden_where_most_of_it_is_painted_white() -> None:
+    paint = np.zeros((40, 60), np.uint8)
+    paint[:20, :20] = 255
+    paint[20:, 20:29] = 255
+    paint[20:, 40:51] = 255
+    visible, masked = painted_mask(Image.fromarray(paint), (2, 3))
+    assert (visible.tolist(), masked.tolist()) == ([1, 2, 3, 4], [0, 5])
