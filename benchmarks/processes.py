@@ -91,7 +91,7 @@ def load(target: Server, num_clients: int, warm_up_s: float, seconds: float) -> 
     """Figures of benchmarks.load against one server."""
     numbers = (target.port, target.request, num_clients, warm_up_s, seconds)
     command = [sys.executable, "-m", "benchmarks.load", "127.0.0.1", *map(str, numbers)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
