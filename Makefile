@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test lint serve lock clean
+.PHONY: help env repro test lint serve bench bench-serving lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 env: $(STAMP)  ## create .venv from requirements.lock
 
@@ -36,6 +36,11 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 
 serve: $(STAMP)  ## serve the bundle that `make repro` made
 	cae-pipe serve --bundle models/bundle
+
+bench: bench-serving  ## every benchmark
+
+bench-serving: $(STAMP)  ## our server, LitServe and the bare session in turn; ARGS="--rounds 2 --seconds 4"
+	python -m benchmarks.serving $(ARGS)
 
 lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it)
 	$(BIN)/pip install --quiet uv
