@@ -218,11 +218,23 @@ class ProbeConfig(Section):
     knn: NeighborConfig
 
 
+class GateConfig(Section):
+    num_train_images: Annotated[int, Field(ge=2)]
+    num_val_images: Count
+    min_mean_cosine: Annotated[float, Field(ge=-1, le=1)]
+    min_worst_cosine: Annotated[float, Field(ge=-1, le=1)]
+    max_top1_drop: Fraction
+
+
 class ExportConfig(Section):
     opset: Annotated[int, Field(ge=18)]
     num_parity_images: Count
     max_abs_diff: Positive
     min_token_agreement: Fraction
+    num_examples: CountOrZero
+    int8: bool
+    fp16: bool
+    gate: GateConfig
 
 
 class Params(Section):

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from cae.config import ModelConfig
 from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
-from cae.data.shards import ImageShards, Picture, Split
+from cae.data.shards import INDEX_NAME, ImageShards, Picture, Split
 from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
+from cae.weights import Trained
 from pipeline.workspace import Workspace
 from serving.preprocess import Preprocessing, prepare
 
@@ -82,6 +83,22 @@ def first_images(workspace: Workspace, split: Split, preprocessing: Preprocessin
     transform = Evaluation(preprocessing)
     arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
     return torch.from_numpy(np.stack(arrays))
+
+
+def spread_over_classes(shards: ImageShards, count: int) -> list[int]:
+    """Positions of at most `count` images, the classes in turn, so that each is seen; without labels the first."""
+    labels = np.concatenate(list(shards.labels()))
+    # Within each class in order; then the first of every class, the second of every class, and so on.
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rank[members] = np.arange(len(members))
+    return [int(position) for position in np.lexsort((labels, rank))[:count]]
+
+
+def fits_prepared(workspace: Workspace, trained: Trained) -> bool:
+    """Whether there are prepared images, and of as many channels as the model takes."""
+    return (workspace.prepared / INDEX_NAME).exists() and workspace.index.channels == trained.architecture.channels
 
 
 def draw_masks(sampler: MaskSampler, seed: int, positions: Iterable[int]) -> tuple[Tensor, Tensor]:

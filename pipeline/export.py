@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from cae.config import ExportConfig
-from cae.data.shards import INDEX_NAME, file_sha256
+from cae.data.shards import file_sha256
 from cae.errors import UserError
 from cae.targets.files import AnyTarget
 from cae.train.device import set_reproducible
 from cae.weights import Trained, load_trained
-from pipeline.batches import first_images
+from pipeline import variants
+from pipeline.batches import first_images, fits_prepared
 from pipeline.checkpoints import find_target, preprocessing_of
+from pipeline.examples import write_examples
+from pipeline.gate import Variant, Verdict
 from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorGraph
 from pipeline.model_card import model_card
 from pipeline.workspace import Workspace, published
@@ -28,7 +33,9 @@ from serving.masks import random_mask
 
 logger = logging.getLogger(__name__)
 
-BUNDLE_FILES = {"bundle.json", "MODEL_CARD.md", "encoder.onnx", "reconstructor.onnx", "skip_reconstructor.onnx"}
+BUNDLE_FILES = re.compile(
+    r"bundle\.json|MODEL_CARD\.md|encoder(\.int8|\.fp16)?\.onnx|(skip_)?reconstructor\.onnx|example_\d+\.png"
+)
 # An extra output of the graphs under test; the published files do not have it.
 LOGITS = "prediction"
 
@@ -55,27 +62,47 @@ class Parity(NamedTuple):
     token_agreement: float
 
 
+class Exported(NamedTuple):
+    """How well an exported bundle agrees with torch, and the verdict on each variant that was tried."""
+
+    parity: Parity
+    verdicts: dict[Variant, Verdict]
+
+
 def run(workspace: Workspace) -> None:
     """Stage `export`: `models/bundle` from the pretrained weights, with its quality metrics."""
+    config = workspace.params.export
+    run_with(workspace, variants.wanted(config.int8, config.fp16))
+
+
+def run_with(workspace: Workspace, wanted: Sequence[Variant]) -> None:
+    """The stage with these variants of the encoder, whatever the parameters say of them."""
     metrics = {
         stage: values
         for stage in ("tokenizer", "pretrain", "finetune", "probe_linear", "probe_attentive", "probe_knn")
         if (values := workspace.read_metrics(stage))
     }
     started = time.perf_counter()
-    parity = export(workspace, workspace.pretrained, workspace.bundle, metrics)
-    workspace.write_metrics("export", parity._asdict(), {"wall_s": time.perf_counter() - started})
+    parity, verdicts = export(workspace, workspace.pretrained, workspace.bundle, metrics, wanted)
+    quality = parity._asdict()
+    for variant, verdict in verdicts.items():
+        quality |= verdict.figures(variant)
+    workspace.write_metrics("export", quality, {"wall_s": time.perf_counter() - started})
 
 
-def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, Any]) -> Parity:
+def export(
+    workspace: Workspace, weights: Path, out: Path, metrics: dict[str, Any], wanted: Sequence[Variant]
+) -> Exported:
     """Write a bundle from trained weights, a file or a folder; raise UserError, and publish nothing, without parity.
 
-    Parity is checked on prepared validation images, or on noise where none of the right kind are at hand.
+    Parity is checked on prepared validation images, or on noise where none of the right kind are at hand. The wanted
+    variants of the encoder are put in where they pass their gate; without such images that is a UserError.
     """
     check_replaceable(out)
     set_reproducible(workspace.params.seed)
     config = workspace.params.export
     trained = load_trained(weights)
+    variants.check_testable(workspace, trained, wanted)
     target = find_target(workspace, weights, trained)
     images = parity_images(workspace, trained)
     with published(out) as folder:
@@ -84,10 +111,12 @@ def export(workspace: Workspace, weights: Path, out: Path, metrics: dict[str, An
         # Unlike Python's max, NumPy's does not lose a NaN.
         parity = Parity(float(np.max(differences)), float(np.min(agreements)))
         check_parity(parity, config)
-        bundle = describe(workspace, trained, target, folder, metrics, parity)
+        exported = Exported(parity, variants.add(workspace, trained, wanted, folder))
+        examples = write_examples(workspace, trained, folder)
+        bundle = describe(workspace, trained, target, folder, metrics, exported, examples)
         (folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
         (folder / "MODEL_CARD.md").write_text(model_card(bundle))
-    return parity
+    return exported
 
 
 def check_replaceable(out: Path) -> None:
@@ -95,9 +124,10 @@ def check_replaceable(out: Path) -> None:
     if not out.exists():
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    if found and ("bundle.json" not in found or not found <= BUNDLE_FILES):
-        strange = ", ".join(sorted(found - BUNDLE_FILES)[:3]) or "no bundle.json"
-        raise UserError(f"{out}: holds {strange} and would be replaced; give a new or an empty folder, or a bundle's")
+    strange = sorted(name for name in found if not BUNDLE_FILES.fullmatch(name))
+    if found and ("bundle.json" not in found or strange):
+        held = ", ".join(strange[:3]) or "no bundle.json"
+        raise UserError(f"{out}: holds {held} and would be replaced; give a new or an empty folder, or a bundle's")
 
 
 def check_new(out: Path) -> None:
@@ -109,7 +139,7 @@ def check_new(out: Path) -> None:
 def parity_images(workspace: Workspace, trained: Trained) -> Tensor:
     """Images to compare torch and ONNX Runtime on, uint8 [b, c, h, w]: prepared ones, else noise from the seed."""
     count = workspace.params.export.num_parity_images
-    if (workspace.prepared / INDEX_NAME).exists() and workspace.index.channels == trained.architecture.channels:
+    if fits_prepared(workspace, trained):
         return first_images(workspace, "val", preprocessing_of(trained), count)
     logger.info("no prepared images that fit the model; parity is checked on noise")
     size = (count, trained.architecture.channels, *trained.architecture.size_px)
@@ -235,11 +265,12 @@ def describe(
     target: AnyTarget | None,
     folder: Path,
     metrics: dict[str, Any],
-    parity: Parity,
+    exported: Exported,
+    examples: list[str],
 ) -> dict[str, Any]:
     """bundle.json: all that a server has to know about the files beside it."""
     architecture, origin = trained.architecture, trained.origin
-    files = sorted(path for path in folder.iterdir() if path.suffix == ".onnx")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".png"))
     reconstructs = target is not None
     return {
         "format": 1,
@@ -259,6 +290,12 @@ def describe(
         "capabilities": {"embed": True, "reconstruct": reconstructs, "skip_reconstruct": reconstructs},
         "outputs": EncoderGraph(trained.encoder, trained.normalization).outputs,
         "default_mask_ratio": origin.get("mask_ratio"),
+        "variants": {
+            variant: {"file": variants.FILES[variant], "cosine": verdict.cosine, **verdict.accuracies}
+            for variant, verdict in exported.verdicts.items()
+            if not verdict.missed
+        },
+        "examples": examples,
         "origin": origin,
-        "metrics": {**metrics, "export": parity._asdict()},
+        "metrics": {**metrics, "export": exported.parity._asdict()},
     }

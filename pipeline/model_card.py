@@ -34,6 +34,30 @@ normalisation is inside the graph |
 {% endfor %}
 `random_init_top1` is the same probe or training on the same encoder with random weights.
 
+{% if variants -%}
+## Precision
+
+Beside float32, on validation images: cosine of each output, mean (least), and top-1 accuracy of probes on its features.
+
+| variant | figure | value |
+|---|---|---|
+{% for name, variant in variants.items() -%}
+{% for output, cosine in variant.cosine.items() -%}
+| {{ variant.file }} | cosine of {{ output }} | {{ "%.4f (%.4f)" | format(cosine.mean, cosine.min) }} |
+{% endfor -%}
+{% for probe in ("knn", "linear") if variant[probe ~ "_top1"] is not none -%}
+| {{ variant.file }} | {{ probe }} top-1 | {{ "%.4f (%+.4f)" | format(variant[probe ~ "_top1"], \
+variant[probe ~ "_top1_change"]) }} |
+{% endfor -%}
+{% endfor %}
+{% endif -%}
+{% if examples -%}
+## Example images
+
+This folder contains {{ examples | length }} validation images ({{ examples[0] }} and on), which the server's page offers. \
+To export without them set `export.num_examples: 0` in params.yaml.
+
+{% endif -%}
 ## Limits
 
 The encoder knows images like those it was trained on. The figures above were measured on validation images of the same

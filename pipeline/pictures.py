@@ -16,7 +16,7 @@ from cae.storage import load_into, read_weights
 from cae.targets import hide, patchify
 from cae.targets.files import load_target
 from cae.weights import load_trained, random_encoder
-from pipeline.batches import Evaluation, draw_masks, unit_range
+from pipeline.batches import Evaluation, draw_masks, spread_over_classes, unit_range
 from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorGraph
 from pipeline.workspace import Workspace
 
@@ -80,17 +80,11 @@ class Studio:
     def sample(self, split: Split, count: int) -> Sample:
         """`count` images of a split, the classes in turn, so that each is seen."""
         shards = ImageShards(self.workspace.prepared, split)
-        labels = np.concatenate(list(shards.labels()))
-        # Within each class in order; then the first of every class, the second of every class, and so on.
-        rank = np.zeros(len(labels), dtype=np.int64)
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
-            rank[members] = np.arange(len(members))
-        positions = np.lexsort((labels, rank))[:count]
+        positions = spread_over_classes(shards, count)
         transform = Evaluation(self.workspace.preprocessing())
-        images = np.stack([transform(shards.image(int(position))) for position in positions])
-        classes = shards.index.classes
-        names = [classes[labels[position]] if labels[position] >= 0 else "" for position in positions]
+        images = np.stack([transform(shards.image(position)) for position in positions])
+        classes, labels = shards.index.classes, [shards.label(position) for position in positions]
+        names = [classes[label] if label >= 0 else "" for label in labels]
         return Sample(torch.from_numpy(images), names)
 
     @torch.inference_mode()

@@ -1,58 +1,45 @@
 """Stages `probe@linear`, `probe@attentive`, `probe@knn`: what the frozen encoder knows, beside random weights."""
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from cae.config import HeadConfig, ProbeConfig
-from cae.data.loader import Batch, EpochBatches, steps_per_epoch
 from cae.data.shards import Split
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import UserError
-from cae.heads import AttentiveHead, LinearHead, knn_predict
+from cae.heads import AttentiveHead
 from cae.model import AnyEncoder
 from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
-from cae.train.loop import BatchSource, Training
-from cae.train.optimizer import cosine_schedule
+from cae.train.loop import BatchSource
 from cae.weights import Trained, random_encoder, trained_encoder
 from pipeline.batches import evaluation_batches, train_batches
 from pipeline.checkpoints import load_for_data, preprocessing_of
+from pipeline.frozen_features import (
+    MOMENTUM,
+    Features,
+    Pool,
+    all_tokens,
+    cached_batches,
+    class_token,
+    head_scores,
+    linear_probe,
+    neighbor_scores,
+    patches,
+    pooled,
+    train_head,
+)
 from pipeline.graphs import EncoderGraph
 from pipeline.runs import shared_folder
-from pipeline.scores import Scores, scores_of, skip_without_labels
+from pipeline.scores import Scores, skip_without_labels
 from pipeline.workspace import Workspace, published
-
-Features = dict[str, Tensor]
-"""`patches` [n, p, d] and, where the encoder has one, `class_token` [n, d], after the last LayerNorm; `labels` [n]."""
-
-Pool = Callable[[Features], Tensor]
-MOMENTUM = 0.9
-
-
-def class_token(features: Features) -> Tensor:
-    return features["class_token"]
-
-
-def pooled(features: Features) -> Tensor:
-    return features["pooled"]
-
-
-def patches(features: Features) -> Tensor:
-    return features["patches"]
-
-
-def all_tokens(features: Features) -> Tensor:
-    return torch.cat([features["class_token"].unsqueeze(1), features["patches"]], dim=1)
 
 
 @dataclass
@@ -133,9 +120,8 @@ def linear(
         pools = ((class_token, ""), (pooled, "pooled_")) if frozen.encoder.num_prefix else ((pooled, ""),)
         for pool, infix in pools:
             set_reproducible(workspace.params.seed)
-            head = LinearHead(frozen.width, num_classes)
-            optimizer = Lars(head.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
-            scores, rates = train_head(workspace, frozen, head, optimizer, config, pool)
+            head, optimizer = linear_probe(frozen.width, num_classes, config)
+            scores, rates = probe_head(workspace, frozen, head, optimizer, config, pool)
             quality[f"{prefix}{infix}top1"] = scores.top1
             if not prefix + infix:
                 quality["top5"], efficiency = scores.top5, rates
@@ -157,7 +143,7 @@ def attentive(
         set_reproducible(workspace.params.seed)
         head = AttentiveHead(frozen.width, num_heads, len(workspace.index.classes))
         optimizer = SGD(head.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
-        scores, rates = train_head(workspace, frozen, head, optimizer, config, pool)
+        scores, rates = probe_head(workspace, frozen, head, optimizer, config, pool)
         if frozen.name == "pretrained":
             quality, efficiency = {"top1": scores.top1, "top5": scores.top5}, rates
             _save_head(folder / "attentive.safetensors", head, workspace)
@@ -170,53 +156,31 @@ def knn(
     workspace: Workspace, encoders: tuple[FrozenEncoder, FrozenEncoder], folder: Path
 ) -> tuple[dict[str, float], Row]:
     """Weighted vote of the nearest training images; nothing is trained."""
-    config = workspace.params.probe.knn
-    pool = pooled if config.feature == "pooled" else class_token
     results = {}
     for frozen in encoders:
         bank, queries = (split_features(workspace, frozen, split) for split in ("train", "val"))
-        votes = knn_predict(
-            pool(queries),
-            pool(bank),
-            bank["labels"],
-            k=config.k,
-            temperature=config.temperature,
-            num_classes=len(workspace.index.classes),
-        )
-        results[frozen.name] = scores_of(votes, queries["labels"])
+        results[frozen.name] = neighbor_scores(bank, queries, workspace.params.probe.knn, len(workspace.index.classes))
     (folder / "README.txt").write_text("The kNN probe has no weights: its classifier is the training images.\n")
     best = results["pretrained"]
     return {"top1": best.top1, "top5": best.top5, "random_init_top1": results["random_init"].top1}, {}
 
 
-def train_head(
+def probe_head(
     workspace: Workspace, frozen: FrozenEncoder, head: nn.Module, optimizer: Optimizer, config: HeadConfig, pool: Pool
 ) -> tuple[Scores, Row]:
     """Train `head` on the frozen features and measure it on the validation images."""
-    hardware = frozen.hardware
-    head.to(hardware.device)
-    per_epoch = steps_per_epoch(workspace.index.count["train"], config.batch_size)
-    total_steps = config.epochs * per_epoch
-
-    def step(batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        features = frozen(batch["images"]) if "images" in batch else batch
-        return F.cross_entropy(head(pool(features)).float(), batch["labels"].long()), {}
-
-    efficiency = Training(
+    efficiency = train_head(
         name=f"probe {frozen.name} {type(head).__name__} {pool.__name__}",
-        module=head,
-        step=step,
+        head=head,
         optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config, per_epoch),
-        total_steps=total_steps,
-        batches=_batches(workspace, frozen, config, total_steps),
-        hardware=hardware,
-    ).run()
-    head.eval()
+        config=config,
+        num_train=workspace.index.count["train"],
+        batches=lambda total_steps: _batches(workspace, frozen, config, total_steps),
+        values=lambda batch: pool(frozen(batch["images"]) if "images" in batch else batch),
+        hardware=frozen.hardware,
+    )
     val = split_features(workspace, frozen, "val")
-    with torch.inference_mode():
-        logits = [head(chunk.to(hardware.device)).cpu() for chunk in pool(val).split(1024)]
-    return scores_of(torch.cat(logits), val["labels"]), efficiency
+    return head_scores(head, pool(val), val["labels"], frozen.hardware), efficiency
 
 
 def split_features(workspace: Workspace, frozen: FrozenEncoder, split: Split) -> Features:
@@ -239,20 +203,7 @@ def _batches(workspace: Workspace, frozen: FrozenEncoder, config: HeadConfig, to
             workspace, crop, batch_size=config.batch_size, total_steps=total_steps, hardware=frozen.hardware
         )
     features = split_features(workspace, frozen, "train")
-    seed = workspace.params.seed
-
-    def from_step(start: int) -> Iterable[Batch]:
-        return _cached_batches(
-            features, EpochBatches(len(features["labels"]), config.batch_size, seed, start, total_steps)
-        )
-
-    return from_step
-
-
-def _cached_batches(features: Features, order: EpochBatches) -> Iterator[Batch]:
-    for samples in order:
-        positions = torch.tensor([sample.position for sample in samples])
-        yield {name: values[positions] for name, values in features.items()}
+    return cached_batches(features, config.batch_size, workspace.params.seed, total_steps)
 
 
 def _save_head(path: Path, head: nn.Module, workspace: Workspace) -> None:

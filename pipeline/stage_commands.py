@@ -102,19 +102,28 @@ def export(
             "weights and target in one folder, for cae-pipe elsewhere."
         ),
     ] = FormatName.ONNX,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also an encoder in 8 bits, the faster one on a CPU, if it passes its gate.")
+    ] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Also an encoder in half precision, for a GPU, if it passes its gate.")
+    ] = False,
 ) -> None:
     """Stage 6: encoder and reconstructors as an ONNX bundle, checked against torch.
 
-    With options it exports outside the pipeline and writes no metrics.
+    With --checkpoint, --out or --format it exports outside the pipeline and writes no metrics. --int8 and --fp16 count
+    for this call; `export.int8` and `export.fp16` in params.yaml for every run.
 
     \b
     Examples:
       cae-pipe export
+      cae-pipe export --int8
       cae-pipe export --checkpoint imported/vit-b --out /srv/bundle
       cae-pipe export --checkpoint models/finetune --out vit-timm --format timm
     """
     from pipeline import export as stage
     from pipeline import export_formats as formats
+    from pipeline import variants
     from pipeline.workspace import Workspace
 
     workspace = Workspace.here()
@@ -122,15 +131,19 @@ def export(
     if out is None and (checkpoint or format != FormatName.ONNX):
         # The bundle of the pipeline is the pipeline's own.
         raise UserError("--out: give the folder to write; --checkpoint and --format export outside the pipeline")
+    if (int8 or fp16) and format != FormatName.ONNX:
+        raise UserError("--int8, --fp16: only --format onnx has these variants; leave them out")
     if format == FormatName.TIMM and out:
         formats.to_timm_folder(weights, out)
     elif format == FormatName.SAFETENSORS and out:
         formats.to_safetensors(workspace, weights, out)
-    elif checkpoint is None and out is None:
-        _run("export", stage.run)
     else:
-        assert out is not None
-        stage.export(workspace, weights, out, metrics={})
+        config = workspace.params.export
+        wanted = variants.wanted(config.int8 or int8, config.fp16 or fp16)
+        if out is None:
+            _run("export", lambda here: stage.run_with(here, wanted))
+        else:
+            stage.export(workspace, weights, out, {}, wanted)
 
 
 @stages.command(rich_help_panel=PANEL)

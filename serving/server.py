@@ -77,5 +77,5 @@ class Server(uvicorn.Server):
             service.bundle.precision,
             service.bundle.provider,
             service.bundle.num_threads,
-            {call.name: call.lane.sizes[-1] for call in service.calls},
+            service.batch_sizes,
         )

@@ -28,12 +28,13 @@ from serving.masks import Mask
 from serving.metrics import Metrics
 from serving.observe import Stages
 from serving.settings import Settings
-from serving.warmup import batch_sizes
 
 Pixels = NDArray[np.uint8]
 Features = dict[Output, NDArray[np.float32]]
 
-# A GPU gains from fuller batches; not yet measured.
+# On a CPU a batch costs what its images cost, but a larger one suffers less from what else runs on the cores; beyond 8
+# nothing more is gained. A GPU gains from fuller batches, and from waiting for them: not yet measured.
+_CPU_BATCH, _CUDA_BATCH = 8, 32
 _CUDA_DELAY_MS = 2.0
 _LONGEST_RETRY_S = 60
 
@@ -59,11 +60,16 @@ class Call:
     """One of the two calls: its room, its queue and its figures."""
 
     def __init__(
-        self, name: str, settings: Settings, metrics: Metrics, run: Callable[[Sequence[Any]], Sequence[Any]]
+        self,
+        name: str,
+        settings: Settings,
+        metrics: Metrics,
+        run: Callable[[Sequence[Any]], Sequence[Any]],
+        batch_sizes: Sequence[int],
     ) -> None:
         self.name = name
         self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes)
-        self.lane: Lane[Any, Any] = Lane(name, run, self._ran)
+        self.lane: Lane[Any, Any] = Lane(name, run, self._ran, batch_sizes)
         self._metrics = metrics
         # Seconds for each image of late, for Retry-After; nothing is known before the first batch.
         self._image_s = 0.0
@@ -89,8 +95,9 @@ class Service:
         self.bundle = bundle
         self.settings = settings
         self.metrics = Metrics()
-        self.embedding = Call("embed", settings, self.metrics, self._embed)
-        self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct)
+        self.batch_sizes = _powers_of_two(settings.max_batch_size or (_CUDA_BATCH if bundle.on_cuda else _CPU_BATCH))
+        self.embedding = Call("embed", settings, self.metrics, self._embed, self.batch_sizes)
+        self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes)
         self.warmed = False
         self.draining = False
         delay_ms = settings.batch_delay_ms
@@ -101,10 +108,6 @@ class Service:
         self._room = anyio.CapacityLimiter(bundle.num_threads)
         self.metrics.watch_state(lambda: self.live, lambda: self.ready)
         self.metrics.runs_on(settings.device, bundle.provider, bundle.precision)
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        return self.embedding, self.reconstruction
 
     @property
     def live(self) -> bool:
@@ -129,19 +132,17 @@ class Service:
             self._batcher.stop()
 
     def warm(self) -> None:
-        """Run every shape that will be run, and find the batch sizes that pay."""
-        limit = self.settings.max_batch_size
+        """Run every shape that will be run, so that no caller pays for allocations and the choice of kernels."""
         prepared = self.bundle.info.preprocessing
         shape = (prepared.channels, prepared.height, prepared.width)
         image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        items: dict[Call, Any] = {self.embedding: EmbedItem(image, self.bundle.info.outputs)}
-        if self.bundle.info.capabilities.reconstruct:
-            _, mask = self.bundle.draw_mask("random", None, 0)
-            items[self.reconstruction] = ReconstructItem(image, mask)
-        for call, item in items.items():
-            call.lane.sizes = batch_sizes(functools.partial(_repeat, call.lane.run, item), limit)
-        if self.bundle.info.capabilities.skip_reconstruct:
-            for size in self.reconstruction.lane.sizes:
+        for size in self.batch_sizes:
+            self._embed([EmbedItem(image, self.bundle.info.outputs)] * size)
+            if self.bundle.info.capabilities.reconstruct:
+                # Other ratios have other shapes, too many to be run.
+                _, mask = self.bundle.draw_mask("random", None, 0)
+                self._reconstruct([ReconstructItem(image, mask)] * size)
+            if self.bundle.info.capabilities.skip_reconstruct:
                 self._reconstruct([ReconstructItem(image, None)] * size)
         self.warmed = True
 
@@ -235,8 +236,9 @@ class Service:
         return list(self.bundle.reconstruct(images, visible, masked))
 
 
-def _repeat(run: Callable[[Sequence[Any]], object], item: object, size: int) -> None:
-    run([item] * size)
+def _powers_of_two(limit: int) -> tuple[int, ...]:
+    """Those up to `limit`, and the limit itself, ascending."""
+    return tuple(sorted({limit, *(2**power for power in range(limit.bit_length()))}))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:

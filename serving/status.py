@@ -53,7 +53,7 @@ def router(service: Service) -> APIRouter:
                 "provider": bundle.provider,
                 "precision": bundle.precision,
                 "num_threads": bundle.num_threads,
-                "batch_sizes": {call.name: list(call.lane.sizes) for call in service.calls},
+                "batch_sizes": list(service.batch_sizes),
             },
             "limits": {
                 "max_body_bytes": settings.max_body_bytes,

@@ -46,6 +46,9 @@ TINY: dict[str, Any] = {
     "probe.attentive.warmup_epochs": 1,
     "probe.knn.k": 5,
     "export.num_parity_images": 8,
+    "export.num_examples": 3,
+    "export.gate.num_train_images": 64,
+    "export.gate.num_val_images": 24,
 }
 
 

@@ -140,7 +140,7 @@ def test_a_single_parity_image_leaves_the_batch_free(
 def test_a_folder_that_is_no_bundle_is_never_replaced(finished: Workspace, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"holds precious\.txt and would be replaced"):
-        export.export(finished, finished.pretrained, tmp_path, {})
+        export.export(finished, finished.pretrained, tmp_path, {}, [])
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 
 

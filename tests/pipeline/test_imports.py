@@ -91,7 +91,7 @@ def largest_difference(bundle: Bundle, weights: Path) -> float:
 
 def test_an_official_checkpoint_is_exported_without_images_or_target(bare: Workspace, tmp_path: Path) -> None:
     weights = import_official(tmp_path, official_state())
-    parity = export.export(bare, weights, tmp_path / "bundle", {})
+    parity = export.export(bare, weights, tmp_path / "bundle", {}, []).parity
     assert parity.max_abs_diff < 1e-4
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     assert largest_difference(bundle, weights) < 1e-4
@@ -108,7 +108,7 @@ def test_with_its_target_beside_it_an_official_checkpoint_reconstructs(bare: Wor
     weights = import_official(tmp_path, official_state(vocab_size=48))
     target = PixelTarget(PixelArchitecture(channels=3, patch_size=4, grid=GRID, per_patch=False), [0.5] * 3, [0.2] * 3)
     save_target(weights / "target.safetensors", target, {})
-    export.export(bare, weights, tmp_path / "bundle", {})
+    export.export(bare, weights, tmp_path / "bundle", {}, [])
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     assert bundle.info.capabilities.reconstruct
     assert bundle.info.default_mask_ratio == 0.5
@@ -122,7 +122,7 @@ def test_with_the_dalle_tokenizer_an_official_checkpoint_reconstructs(bare: Work
     state = official_state(patch_size=16, vocab_size=tokenizer.num_outputs)
     checkpoint, dalle = write_official(tmp_path / "official.pth", state), bare.root / "dalle"
     imports.official(checkpoint, tmp_path / "imported", 4, 2, None, None, dalle)
-    assert export.export(bare, tmp_path / "imported", tmp_path / "bundle", {}).token_agreement >= 0.999
+    assert export.export(bare, tmp_path / "imported", tmp_path / "bundle", {}, []).parity.token_agreement >= 0.999
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16 * GRID[0], 16 * GRID[1]), dtype=np.uint8)
     _, (visible, masked) = bundle.draw_mask("random", None, seed=0)
@@ -138,7 +138,7 @@ def test_with_the_dalle_tokenizer_an_official_checkpoint_reconstructs(bare: Work
 
 def test_a_finetuned_official_encoder_is_exported(bare: Workspace, tmp_path: Path) -> None:
     weights = import_official(tmp_path, finetuned_state())
-    export.export(bare, weights, tmp_path / "bundle", {})
+    export.export(bare, weights, tmp_path / "bundle", {}, [])
     assert largest_difference(Bundle.open(tmp_path / "bundle", "cpu"), weights) < 1e-4
 
 
@@ -217,7 +217,7 @@ def test_a_timm_model_is_probed_exported_and_embeds(kind: str, workspace: Worksp
     with torch.inference_mode():
         own = EncoderGraph(trained.encoder, trained.normalization).eval().features(images)
     assert torch.allclose(load_file(cached)["pooled"][:4], own["pooled"], atol=1e-5), "the weights that were given"
-    assert export.export(workspace, weights, tmp_path / "bundle", {}).max_abs_diff < 1e-4
+    assert export.export(workspace, weights, tmp_path / "bundle", {}, []).parity.max_abs_diff < 1e-4
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     assert largest_difference(bundle, weights) < 1e-4
     assert ("class_token" in bundle.info.outputs) == (kind != "average pooling")
@@ -249,14 +249,14 @@ def test_a_timm_model_is_finetuned_and_what_came_of_it_exported(
 ) -> None:
     measuring = workspace.measuring(import_timm(tmp_path, **KINDS[kind]), tmp_path / "measured")
     finetune.run(measuring)
-    export.export(workspace, measuring.finetuned, tmp_path / "bundle", {})
+    export.export(workspace, measuring.finetuned, tmp_path / "bundle", {}, [])
     assert largest_difference(Bundle.open(tmp_path / "bundle", "cpu"), measuring.finetuned) < 1e-4
 
 
 def test_our_own_finetuned_encoder_is_exported_and_pooled_as_its_head_reads_it(
     finished: Workspace, tmp_path: Path
 ) -> None:
-    export.export(finished, finished.finetuned, tmp_path / "bundle", {})
+    export.export(finished, finished.finetuned, tmp_path / "bundle", {}, [])
     bundle = Bundle.open(tmp_path / "bundle", "cpu")
     assert largest_difference(bundle, finished.finetuned) < 1e-4
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 28, 28), dtype=np.uint8)
@@ -339,9 +339,9 @@ def test_the_target_belongs_to_the_weights(workspace: Workspace, tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["cae.safetensors", "target.safetensors"]
     other = PixelTarget(PixelArchitecture(channels=1, patch_size=7, grid=(4, 4), per_patch=False), [0.5], [0.2])
     save_target(workspace.target, other, {})
-    export.export(workspace, workspace.pretrained, tmp_path / "alone", {})
+    export.export(workspace, workspace.pretrained, tmp_path / "alone", {}, [])
     assert not Bundle.open(tmp_path / "alone", "cpu").info.capabilities.reconstruct
-    export.export(workspace, tmp_path / "whole", tmp_path / "together", {})
+    export.export(workspace, tmp_path / "whole", tmp_path / "together", {}, [])
     assert Bundle.open(tmp_path / "together", "cpu").info.capabilities.reconstruct
 
 
@@ -399,7 +399,7 @@ def test_an_import_or_export_never_replaces_anything(workspace: Workspace, tmp_p
             lambda: export_formats.to_safetensors(workspace, workspace.pretrained, out),
             lambda: imports.from_timm_model("vit_tiny_patch16_224", out, None, None, None, None),
             lambda: imports.official(checkpoint, out, 4, 2, None, None, None),
-            lambda: export.export(workspace, workspace.pretrained, out, {}),
+            lambda: export.export(workspace, workspace.pretrained, out, {}, []),
         ):
             with pytest.raises(UserError, match=r"mine: (exists and is not empty|holds .* would be replaced)"):
                 write()
@@ -409,12 +409,12 @@ def test_an_import_or_export_never_replaces_anything(workspace: Workspace, tmp_p
 
 def test_a_bundle_is_replaced_unless_something_else_lies_in_it(workspace: Workspace) -> None:
     before = (workspace.bundle / "bundle.json").read_text()
-    export.export(workspace, workspace.finetuned, workspace.bundle, {})
+    export.export(workspace, workspace.finetuned, workspace.bundle, {}, [])
     after = (workspace.bundle / "bundle.json").read_text()
     assert before != after
     (workspace.bundle / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match=r"holds notes\.txt and would be replaced"):
-        export.export(workspace, workspace.pretrained, workspace.bundle, {})
+        export.export(workspace, workspace.pretrained, workspace.bundle, {}, [])
     assert (workspace.bundle / "bundle.json").read_text() == after
 
 
@@ -431,7 +431,7 @@ def test_weights_that_are_not_numbers_are_neither_imported_nor_exported(workspac
     description = {key: value for key, value in trained.metadata.items() if key != "kind"}
     save_trained(workspace.pretrained, trained.cae, description)
     with pytest.raises(UserError, match=r"differ by nan"):
-        export.export(workspace, workspace.pretrained, tmp_path / "bundle", {})
+        export.export(workspace, workspace.pretrained, tmp_path / "bundle", {}, [])
     assert not (tmp_path / "bundle").exists()
 
 
@@ -491,4 +491,4 @@ def test_a_target_that_is_not_the_decoders_is_refused(bare: Workspace, tmp_path:
     with pytest.raises(
         UserError, match=r"in patches of 4, 48 codes or values each; .* in patches of 4, 11 codes or values each"
     ):
-        export.export(bare, weights, tmp_path / "bundle", {})
+        export.export(bare, weights, tmp_path / "bundle", {}, [])

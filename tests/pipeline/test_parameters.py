@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cae.config import ExportConfig, parse_params
+from cae.config import parse_params
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import UserError
 from cae.storage import read_weights
@@ -32,6 +32,7 @@ class Change:
 
 PIXELS = {"tokenizer.kind": "pixels"}
 AUGMENTED = {"probe.cache_features": False}
+INT8 = {"export.int8": True}
 CHANGES: dict[str, Change] = {
     "seed": Change(1, "prepare"),
     "runtime.precision": Change("bf16", "pretrain"),
@@ -129,6 +130,13 @@ CHANGES: dict[str, Change] = {
     "export.opset": Change(19, "export"),
     "export.num_parity_images": Change(40, "export"),
     "export.max_abs_diff": Change(1e-12, "export"),
+    "export.num_examples": Change(1, "export"),
+    "export.int8": Change(True, "export"),
+    "export.fp16": Change(True, "export"),
+    "export.gate.num_train_images": Change(8, "export", INT8),
+    "export.gate.num_val_images": Change(8, "export", INT8),
+    "export.gate.min_mean_cosine": Change(1.0, "export", INT8),
+    "export.gate.min_worst_cosine": Change(1.0, "export", INT8),
 }
 # Shown by tests of their own below, for no artefact of a stage tells.
 ELSEWHERE = {
@@ -141,6 +149,8 @@ ELSEWHERE = {
     "tokenizer.dalle_encoder",
     "tokenizer.dalle_decoder",
     "export.min_token_agreement",
+    # tests/pipeline/test_variants.py
+    "export.gate.max_top1_drop",
 }
 
 
@@ -262,7 +272,8 @@ def test_model_name_gives_depth_width_and_heads() -> None:
 
 
 def test_min_token_agreement_is_the_gate() -> None:
-    config = ExportConfig(opset=20, num_parity_images=1, max_abs_diff=1.0, min_token_agreement=0.99)
+    values = {"export.max_abs_diff": 1.0, "export.min_token_agreement": 0.99}
+    config = parse_params(with_values(shipped_params(), values)).export
     export.check_parity(export.Parity(0.0, 0.995), config)
     with pytest.raises(UserError, match="min_token_agreement"):
         export.check_parity(export.Parity(0.0, 0.995), config.model_copy(update={"min_token_agreement": 0.999}))

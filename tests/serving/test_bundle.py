@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tiny_bundle import (
+    VARIANT_SCALE,
     expected_features,
     expected_reconstruction,
     expected_skip,
+    variant_info,
     write_info,
     write_tiny_bundle,
 )
@@ -216,6 +218,68 @@ def test_a_sealed_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "encoder.onnx: onnxruntime" in refusal(folder)
 
 
+# Precision and examples
+
+
+def class_token_scale(bundle: Bundle, images: NDArray[np.uint8]) -> float:
+    """By how much the class token is that of float32: which of the tiny bundle's encoders runs."""
+    ratio = bundle.embed(images, ["class_token"])["class_token"] / expected_features(images)["class_token"]
+    return float(ratio.mean())
+
+
+def test_float32_runs_unless_another_precision_is_asked_for(tmp_path: Path, random_pixels: Pixels) -> None:
+    folder = write_tiny_bundle(tmp_path, variants=("int8", "float16"))
+    images = random_pixels(2, 3, 32, 32)
+    for options, precision in (({}, "float32"), ({"precision": "int8"}, "int8"), ({"precision": "float16"}, "float16")):
+        opened = Bundle.open(folder, "cpu", **options)
+        assert opened.precision == precision
+        assert class_token_scale(opened, images) == pytest.approx(VARIANT_SCALE.get(precision, 1.0))
+        assert opened.skip_reconstruct(images).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("variants", "on_cpu", "on_cuda"),
+    [
+        ((), "float32", "float32"),
+        (("int8",), "int8", "float32"),
+        (("float16",), "float32", "float16"),
+        (("int8", "float16"), "int8", "float16"),
+    ],
+)
+def test_auto_takes_the_variant_made_for_the_device(
+    tmp_path: Path, variants: tuple[str, ...], on_cpu: str, on_cuda: str
+) -> None:
+    opened = Bundle.open(write_tiny_bundle(tmp_path, variants=variants), "cpu", precision="auto")
+    assert opened.precision == on_cpu
+    assert opened.info.choose("auto", on_cuda=True) == on_cuda
+
+
+def test_a_precision_that_the_bundle_lacks_is_refused_with_those_it_has(tmp_path: Path) -> None:
+    message = refusal(write_tiny_bundle(tmp_path, variants=("int8",)), precision="float16")
+    assert message.startswith("precision=float16: this bundle has float32, int8.")
+
+
+def test_a_changed_variant_is_refused_though_float32_runs(tmp_path: Path) -> None:
+    folder = write_tiny_bundle(tmp_path, variants=("int8",))
+    with (folder / "encoder.int8.onnx").open("ab") as file:
+        file.write(b"x")
+    assert "encoder.int8.onnx: damaged" in refusal(folder)
+
+
+def test_variants_and_examples_must_be_sealed(tmp_path: Path) -> None:
+    folder = write_tiny_bundle(tmp_path)
+    info = json.loads((folder / "bundle.json").read_text())
+    write_info(folder, info | {"variants": {"int8": variant_info("int8")}})
+    assert "variants.int8.file: files has no encoder.int8.onnx" in refusal(folder)
+    write_info(folder, info | {"examples": ["example_0.png"]})
+    assert "examples: files has no example_0.png" in refusal(folder)
+    (folder / "example_0.png").write_bytes(b"pixels")
+    write_info(folder, info | {"examples": ["example_0.png"]})
+    assert Bundle.open(folder, "cpu").info.examples == ("example_0.png",)
+    (folder / "example_0.png").write_bytes(b"others")
+    assert "example_0.png: damaged" in refusal(folder)
+
+
 # Device and threads
 
 
@@ -251,6 +315,10 @@ class TestWithADeviceOnWhichCudaFails:
         assert Bundle.open(tiny_bundle, "auto").provider == "CPUExecutionProvider"
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "device=auto runs on the CPU" in caplog.text
+
+    def test_auto_precision_is_then_that_for_the_cpu(self, tmp_path: Path) -> None:
+        folder = write_tiny_bundle(tmp_path, variants=("int8", "float16"))
+        assert Bundle.open(folder, "auto", precision="auto").precision == "int8"
 
 
 @pytest.mark.parametrize(

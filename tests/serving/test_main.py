@@ -106,11 +106,13 @@ def test_serving_needs_neither_torch_nor_the_other_packages() -> None:
 
 def test_a_file_holds_settings_and_variables_win_over_it(tmp_path: Path) -> None:
     folder = write_tiny_bundle(tmp_path / "bundle")
-    (tmp_path / "serving.toml").write_text('num_threads = 1\nmax_images = 3\nmax_pixels = 7\ncors_origins = ["*"]\n')
+    (tmp_path / "serving.toml").write_text(
+        'num_threads = 1\nmax_batch_size = 6\nmax_images = 3\nmax_pixels = 7\ncors_origins = ["*"]\n'
+    )
     environment = {"CAE_SERVING_CONFIG": str(tmp_path / "serving.toml"), "CAE_SERVING_MAX_PIXELS": "5000"}
     with running(folder, tmp_path / "log", environment) as server:
         info = httpx.get(server.url + "/info").json()
-    assert info["device"]["num_threads"] == 1
+    assert (info["device"]["num_threads"], info["device"]["batch_sizes"]) == (1, [1, 2, 4, 6])
     assert (info["limits"]["max_images"], info["limits"]["max_pixels"]) == (3, 5000)
 
 

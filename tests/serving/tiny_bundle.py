@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 NUM_HEADS = 2
 DEFAULT_MASK_RATIO = 0.5
+VARIANT_FILES = {"int8": "encoder.int8.onnx", "float16": "encoder.fp16.onnx"}
+VARIANT_SCALE = {"int8": 8.0, "float16": 16.0}
 
 
 def write_tiny_bundle(
@@ -28,11 +31,17 @@ def write_tiny_bundle(
     patch_size: int = 8,
     crop_fraction: float = 1.0,
     reconstructors: bool = True,
+    variants: Sequence[str] = (),
 ) -> Path:
-    """Write the bundle into `folder` and return it. `size` is (height, width) in pixels."""
+    """Write the bundle into `folder` and return it. `size` is (height, width) in pixels.
+
+    The class token of an encoder in `variants` ("int8", "float16") is VARIANT_SCALE times that of the plain one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shape = (channels, *size)
     models = {"encoder.onnx": _encoder(shape, patch_size)}
+    for variant in variants:
+        models[VARIANT_FILES[variant]] = _encoder(shape, patch_size, VARIANT_SCALE[variant])
     if reconstructors:
         models["reconstructor.onnx"] = _reconstructor(shape, patch_size)
         models["skip_reconstructor.onnx"] = _skip_reconstructor(shape)
@@ -61,6 +70,7 @@ def write_tiny_bundle(
         "files": {},
         "capabilities": {"embed": True, "reconstruct": reconstructors, "skip_reconstruct": reconstructors},
         "default_mask_ratio": DEFAULT_MASK_RATIO,
+        "variants": {variant: variant_info(variant) for variant in variants},
         "params": {},
         "metrics": {},
         "note": "a key this version does not know",
@@ -69,11 +79,17 @@ def write_tiny_bundle(
     return folder
 
 
+def variant_info(variant: str) -> dict[str, Any]:
+    """What bundle.json says of a variant that passed its gate without labels."""
+    accuracies = dict.fromkeys(("knn_top1", "knn_top1_change", "linear_top1", "linear_top1_change"))
+    return {"file": VARIANT_FILES[variant], "cosine": {"pooled": {"mean": 1.0, "min": 1.0}}, **accuracies}
+
+
 def write_info(folder: Path, info: dict[str, Any]) -> None:
     """Write `bundle.json`, its seals made anew from the graphs in the folder."""
     info["files"] = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-        for path in sorted(folder.glob("*.onnx"))
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".png"))
     }
     (folder / "bundle.json").write_text(json.dumps(info))
 
@@ -159,10 +175,11 @@ class _Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def _encoder(shape: tuple[int, int, int], patch_size: int) -> onnx.ModelProto:
+def _encoder(shape: tuple[int, int, int], patch_size: int, token_scale: float = 1.0) -> onnx.ModelProto:
     graph = _Graph()
     patches = graph.patches(shape, patch_size, output="patches")
-    graph.add("ReduceMax", patches, graph.constant([1], np.int64), keepdims=0, output="class_token")
+    token = graph.add("ReduceMax", patches, graph.constant([1], np.int64), keepdims=0)
+    graph.add("Mul", token, graph.constant(token_scale), output="class_token")
     graph.add("ReduceMean", patches, graph.constant([1], np.int64), keepdims=0, output="pooled")
     brightness = graph.add("ReduceMean", patches, graph.constant([2], np.int64), keepdims=0)
     rows = graph.add("Unsqueeze", brightness, graph.constant([1], np.int64))
