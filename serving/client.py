@@ -333,7 +333,11 @@ def _array(response: httpx.Response) -> NDArray[Any]:
 
 
 def _features(response: httpx.Response, outputs: str | Sequence[str]) -> Features:
-    return _array(response) if isinstance(outputs, str) else safetensors.numpy.load(_checked(response).content)
+    if isinstance(outputs, str):
+        return _array(response)
+    arrays = safetensors.numpy.load(_checked(response).content)
+    # The file keeps no order.
+    return {name: arrays[name] for name in outputs}
 
 
 def _reconstruction(response: httpx.Response) -> Reconstruction:

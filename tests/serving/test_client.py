@@ -97,7 +97,7 @@ def test_a_path_bytes_and_an_array_give_the_same_features(
 def test_several_outputs_come_by_name(client: Any, image: NDArray[np.uint8]) -> None:
     features = client.embed(image, ["patches", "class", "attention"])
     expected = expected_features(image[None])
-    assert features.keys() == {"patches", "class", "attention"}
+    assert list(features) == ["patches", "class", "attention"]
     np.testing.assert_allclose(features["patches"], expected["patches"], atol=1e-6)
     np.testing.assert_allclose(features["class"], expected["class_token"], atol=1e-6)
     np.testing.assert_allclose(features["attention"], expected["class_attention"], atol=1e-6)
