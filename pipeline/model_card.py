@@ -54,8 +54,8 @@ variant[probe ~ "_top1_change"]) }} |
 {% if examples -%}
 ## Example images
 
-This folder contains {{ examples | length }} validation images ({{ examples[0] }} and on), which the server's page offers. \
-To export without them set `export.num_examples: 0` in params.yaml.
+This folder contains {{ examples | length }} validation images ({{ examples[0] }} and on), which the server's page \
+offers. To export without them set `export.num_examples: 0` in params.yaml.
 
 {% endif -%}
 ## Limits
