@@ -208,8 +208,8 @@ class _Loader:
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = num_threads
         self._options.inter_op_num_threads = 1
-        # Threads that spin while they wait for work take the cores from decoding, and from whoever else is here.
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads spin while a batch runs, or two threads would gain less; after it they leave the cores to others.
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.provider == _CUDA:
             # CUDA and cuDNN may lie in wheels beside onnxruntime, where the system's loader does not look.
             onnxruntime.preload_dlls()
