@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 _IDLE_BEAT_S = 0.5
+# For the batches that run when the server ends. A thread that hangs does not keep it from ending.
+_JOIN_S = 5.0
 
 _Payload = TypeVar("_Payload")
 _Result = TypeVar("_Result")
@@ -119,11 +121,22 @@ class Batcher:
 
     def stop(self) -> None:
         """End the threads after the batches that they are at. What is queued still gets StoppedError."""
+        self._end()
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+            if thread.is_alive():
+                _log.critical("%s hangs, and is left behind", thread.name)
+
+    def give_up(self) -> None:
+        """Everything that is queued or runs gets StoppedError, also from threads that hang."""
+        self._end()
+        for index in range(len(self._threads)):
+            self._drop(index)
+
+    def _end(self) -> None:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
-        for thread in self._threads:
-            thread.join()
 
     def silence_s(self) -> float:
         """Seconds since the quietest thread showed that it lives: long where a batch hangs, infinite once one ended."""
@@ -165,7 +178,9 @@ class Batcher:
             _log.critical("a batch thread has ended", exc_info=True)
             raise
         finally:
-            self._give_up(index)
+            # The other threads too: half of a server would be slow, and nobody would know why.
+            self._end()
+            self._drop(index)
 
     def _next_lane(self, index: int) -> Lane[Any, Any] | None:
         """The lane whose turn it is, once it has a batch to run; None to stop."""
@@ -208,11 +223,8 @@ class Batcher:
         if items and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_settle, items, outcomes)
 
-    def _give_up(self, index: int) -> None:
-        """End the other threads too: half of a server would be slow, and nobody would know why."""
+    def _drop(self, index: int) -> None:
         with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
             left = [*self._running[index], *(item for lane in self._lanes for item in lane.items)]
             for lane in self._lanes:
                 lane.items.clear()

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from serving.app import create_app
+from serving.protocol import protocol_class
 from serving.service import Service
 
 # Time for whoever watches to see that the process is not live, before it ends.
@@ -31,6 +32,10 @@ class Server(uvicorn.Server):
                 create_app(service),
                 host=settings.host,
                 port=settings.port,
+                http=protocol_class(settings.body_timeout_s),
+                # There is nothing for WebSockets here, and a library for them may be installed.
+                ws="none",
+                lifespan="on",
                 # Requests are logged by Observe, with their ids.
                 log_config=None,
                 access_log=False,
@@ -47,10 +52,13 @@ class Server(uvicorn.Server):
         if not service.live and not self.failed:
             self.failed = True
             service.draining = True
+            service.give_up()
             self._deadline = time.monotonic() + _LAST_WORDS_S
             _log.critical("the batch thread has ended or hangs; the server ends")
         if service.draining and (time.monotonic() > self._deadline or (service.idle and not self.failed)):
             self.should_exit = True
+            # Of the grace those who still send or read have what is left, not the whole once more.
+            self.config.timeout_graceful_shutdown = max(1, round(self._deadline - time.monotonic()))
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -128,6 +128,10 @@ class Service:
         finally:
             self._batcher.stop()
 
+    def give_up(self) -> None:
+        """Answer all who wait that nothing will come: the batch thread has ended or hangs."""
+        self._batcher.give_up()
+
     def warm(self) -> None:
         """Run every shape that will be run, and find the batch sizes that pay."""
         limit = self.settings.max_batch_size
