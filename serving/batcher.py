@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 _IDLE_BEAT_S = 0.5
 # For the batches that run when the server ends. A thread that hangs does not keep it from ending.
-_JOIN_S = 5.0
+_JOIN_S = 2.0
 
 _Payload = TypeVar("_Payload")
 _Result = TypeVar("_Result")
@@ -137,6 +137,10 @@ class Batcher:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
+
+    @property
+    def working(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
 
     def silence_s(self) -> float:
         """Seconds since the quietest thread showed that it lives: long where a batch hangs, infinite once one ended."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import threading
 import time
 from types import FrameType
 
@@ -15,6 +15,8 @@ from serving.service import Service
 
 # Time for whoever watches to see that the process is not live, before it ends.
 _LAST_WORDS_S = 2.0
+# Of the grace, for answers to be taken and connections to be closed.
+_CLOSING_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -25,7 +27,8 @@ class Server(uvicorn.Server):
         settings = service.settings
         self.failed = False
         self._service = service
-        self._warming: asyncio.Task[None] | None = None
+        # Not of the event loop's own pool, for whose threads it waits when it ends.
+        self._warming = threading.Thread(target=self._warm, name="warm", daemon=True)
         self._deadline = float("inf")
         super().__init__(
             uvicorn.Config(
@@ -46,8 +49,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """What uvicorn asks ten times a second: whether it is time to end."""
-        if self._warming is None:
-            self._warming = asyncio.create_task(self._warm())
+        if self._warming.ident is None:
+            self._warming.start()
         service = self._service
         if not service.live and not self.failed:
             self.failed = True
@@ -57,8 +60,8 @@ class Server(uvicorn.Server):
             _log.critical("the batch thread has ended or hangs; the server ends")
         if service.draining and (time.monotonic() > self._deadline or (service.idle and not self.failed)):
             self.should_exit = True
-            # Of the grace those who still send or read have what is left, not the whole once more.
-            self.config.timeout_graceful_shutdown = max(1, round(self._deadline - time.monotonic()))
+            # Those who still send or read have what is left of the grace, not the whole once more.
+            self.config.timeout_graceful_shutdown = max(1, int(self._deadline + _CLOSING_S - time.monotonic()))
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -67,13 +70,19 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True
-        self._deadline = time.monotonic() + self._service.settings.grace_s
+        grace_s = self._service.settings.grace_s
+        self._deadline = time.monotonic() + max(grace_s - _CLOSING_S, grace_s / 2)
 
-    async def _warm(self) -> None:
+    @property
+    def left_behind(self) -> bool:
+        """Whether a thread of the server is still in the model, after `run`."""
+        return self._warming.is_alive() or self._service.working
+
+    def _warm(self) -> None:
         started = time.monotonic()
         service = self._service
         try:
-            await asyncio.to_thread(service.warm)
+            service.warm()
         except Exception:
             _log.critical("the bundle cannot run", exc_info=True)
             self.failed = self.should_exit = True

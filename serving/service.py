@@ -128,6 +128,11 @@ class Service:
         finally:
             self._batcher.stop()
 
+    @property
+    def working(self) -> bool:
+        """Whether a batch thread has not ended."""
+        return self._batcher.working
+
     def give_up(self) -> None:
         """Answer all who wait that nothing will come: the batch thread has ended or hangs."""
         self._batcher.give_up()

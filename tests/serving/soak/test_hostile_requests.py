@@ -23,22 +23,6 @@ UPGRADE = (
 pytestmark = pytest.mark.usefixtures("the_next_caller_notices_nothing")
 
 
-def spoken(server: Server, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """What the server answers to these bytes until it closes, or for 3 seconds."""
-    host, port = server.url.removeprefix("http://").split(":")
-    received = b""
-    with socket.create_connection((host, int(port)), timeout=3) as connection:
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-                time.sleep(pause_s)
-            while data := connection.recv(65536):
-                received += data
-        except OSError:
-            pass
-    return received
-
-
 # Bodies
 
 
@@ -191,7 +175,7 @@ def test_a_huge_body_gets_its_refusal(server: Server) -> None:
 def test_slow_bodies_are_given_up_and_hold_no_room(server: Server, png: bytes) -> None:
     def slowly(kind: bytes) -> bytes:
         head = b"POST /embed HTTP/1.1\r\nHost: test\r\n" + kind + b"\r\n"
-        return spoken(server, head, *(png[i : i + 1] for i in range(2)), pause_s=0.2)
+        return spoken(server.url, head, *(png[i : i + 1] for i in range(2)), pause_s=0.2)
 
     with ThreadPoolExecutor(16) as pool:
         kinds = [b"Content-Length: 5000\r\n"] * 16
@@ -204,7 +188,7 @@ def test_a_chunked_body_in_single_bytes_is_read(server: Server, png: bytes) -> N
     file = encoded(np.zeros((3, 8, 8), np.uint8))
     chunks = [b"1\r\n" + file[i : i + 1] + b"\r\n" for i in range(len(file))]
     head = b"POST /embed HTTP/1.1\r\nHost: test\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert spoken(server, head, *chunks, b"0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert spoken(server.url, head, *chunks, b"0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 # Heads
@@ -252,7 +236,7 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(server: Serve
         png
     ) + png.replace(b"%", b"%%")
     last = b"GET /health/live HTTP/1.1\r\nHost: t\r\nX-Request-Id: id-20\r\nConnection: close\r\n\r\n"
-    answer = spoken(server, b"".join(one % number for number in range(20)) + last)
+    answer = spoken(server.url, b"".join(one % number for number in range(20)) + last)
     places = [answer.find(b"x-request-id: id-%d\r\n" % number) for number in range(21)]
     assert -1 not in places
     assert places == sorted(places)
@@ -288,7 +272,7 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order(server: Serve
     ids=lambda head: head[:60].decode("latin-1"),
 )
 def test_odd_heads_get_a_plain_answer(server: Server, head: bytes) -> None:
-    answer = spoken(server, head + b"Connection: close\r\n\r\n" if b"Upgrade" not in head else head + b"\r\n")
+    answer = spoken(server.url, head + b"Connection: close\r\n\r\n" if b"Upgrade" not in head else head + b"\r\n")
     status = answer.split(b"\r\n")[0]
     # HTTP allows whole addresses, and to pass over an upgrade.
     allowed = head.startswith((b"GET http://other", b"GET /health"))
@@ -300,7 +284,7 @@ def test_odd_heads_get_a_plain_answer(server: Server, head: bytes) -> None:
 def test_a_head_without_end_is_given_up(server: Server) -> None:
     before = peak_mib(server.process.pid)
     line = b"X-%06d: " + b"y" * 60_000 + b"\r\n"
-    answer = spoken(server, b"GET /health/live HTTP/1.1\r\nHost: t\r\n", *(line % number for number in range(2000)))
+    answer = spoken(server.url, b"GET /health/live HTTP/1.1\r\nHost: t\r\n", *(line % number for number in range(2000)))
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer[:100]
     assert peak_mib(server.process.pid) - before < 20
 

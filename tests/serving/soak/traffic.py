@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,9 +192,15 @@ def _painted(hidden: NDArray[np.int64]) -> bytes:
     return file.getvalue()
 
 
+def connect(url: str) -> httpx.Client:
+    """A client that costs little: without TLS and proxies there is nothing to load."""
+    return httpx.Client(base_url=url, timeout=60, verify=False, trust_env=False)
+
+
 def gauges(url: str) -> dict[str, float]:
     """What is admitted and queued, by series; every value is 0 when nothing is going on."""
-    text = httpx.get(url + "/metrics", timeout=30).text
+    with connect(url) as client:
+        text = client.get("/metrics").text
     found = re.findall(r"^(cae_(?:admitted_images|admitted_bytes|queue_images)\{.*\}) (\S+)$", text, re.MULTILINE)
     assert len(found) == 6
     return {name: float(value) for name, value in found}
@@ -216,3 +224,19 @@ def refused(response: httpx.Response, *statuses: int) -> str:
     assert len(response.content) < 10_000
     code: str = response.json()["error"]["code"]
     return code
+
+
+def spoken(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+    """What the server answers to these bytes until it closes, or for 3 seconds."""
+    host, port = url.removeprefix("http://").split(":")
+    received = b""
+    with socket.create_connection((host, int(port)), timeout=3) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+            while data := connection.recv(65536):
+                received += data
+        except OSError:
+            pass
+    return received
