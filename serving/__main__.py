@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,7 +46,12 @@ def serve(settings: Settings) -> int:
     bundle = Bundle.open(settings.bundle, settings.device, settings.num_threads, settings.precision)
     server = Server(Service(bundle, settings))
     server.run()
-    return EXIT_FAILED if server.failed else 0
+    code = EXIT_FAILED if server.failed else 0
+    if server.left_behind:
+        # At its end the interpreter takes down what a thread in the model still uses, and that crashes or hangs.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Threads that run what is queued, in batches: whatever waits is taken at once, up to the largest batch that pays.
+"""One thread that runs what is queued, in batches: whatever waits is taken at once, up to the largest batch.
 
 Each call has a lane of its own, and the lanes take turns, so that a flood of one call does not hold up the other. An
 item whose caller has gone or whose time is over is dropped unseen. When a batch fails its items are run one by one, so
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 _IDLE_BEAT_S = 0.5
-_JOIN_S = 5.0
+# For the batches that run when the server ends. A thread that hangs does not keep it from ending.
+_JOIN_S = 2.0
 
 _Payload = TypeVar("_Payload")
 _Result = TypeVar("_Result")
@@ -92,48 +93,43 @@ class Lane(Generic[_Payload, _Result]):
 
 
 class Batcher:
-    """The batch threads over some lanes.
+    """The batch thread over some lanes. `delay_s` is how long an item waits for company when the batch is not full."""
 
-    `delay_s` is how long an item waits for company when the batch is not full. With more than one thread that many
-    batches run at the same time.
-    """
-
-    def __init__(self, lanes: Sequence[Lane[Any, Any]], delay_s: float, num_threads: int) -> None:
+    def __init__(self, lanes: Sequence[Lane[Any, Any]], delay_s: float) -> None:
         self._lanes = deque(lanes)
         self._delay_s = delay_s
         self._condition = threading.Condition()
         self._stopping = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"batch-{index}", args=(index,), daemon=True)
-            for index in range(num_threads)
-        ]
-        self._running: list[Sequence[_Item[Any, Any]]] = [()] * num_threads
-        self._beats = [0.0] * num_threads
+        self._running: Sequence[_Item[Any, Any]] = ()
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="batch", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin to work for the event loop that is running."""
         self._loop = asyncio.get_running_loop()
-        self._beats = [time.monotonic()] * len(self._threads)
-        for thread in self._threads:
-            thread.start()
+        self._beat = time.monotonic()
+        self._thread.start()
 
     def stop(self) -> None:
-        """End the threads after the batches that they are at; what is queued still gets StoppedError.
+        """End the thread after the batch that it is at. What is queued still gets StoppedError."""
+        self._end()
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            _log.critical("the batch thread hangs, and is left behind")
 
-        A thread that hangs cannot be ended. It is left behind, and does not keep the process.
-        """
-        with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
-        for thread in self._threads:
-            thread.join(_JOIN_S)
+    def give_up(self) -> None:
+        """Everything that is queued or runs gets StoppedError, also from a thread that hangs."""
+        self._end()
+        self._drop()
+
+    @property
+    def working(self) -> bool:
+        return self._thread.is_alive()
 
     def silence_s(self) -> float:
-        """Seconds since the quietest thread showed that it lives: long where a batch hangs, infinite once one ended."""
-        if not all(thread.is_alive() for thread in self._threads):
-            return float("inf")
-        return time.monotonic() - min(self._beats)
+        """Seconds since the thread showed that it lives: long where a batch hangs, infinite once it has ended."""
+        return time.monotonic() - self._beat if self._thread.is_alive() else float("inf")
 
     async def submit(
         self, lane: Lane[_Payload, _Result], payload: _Payload, key: Hashable, deadline: float
@@ -152,33 +148,33 @@ class Batcher:
         result = await item.future
         return result, Times(item.waited_s, item.ran_s)
 
-    def _work(self, index: int) -> None:
+    def _work(self) -> None:
         try:
             while True:
                 with self._condition:
-                    lane = self._next_lane(index)
+                    lane = self._next_lane()
                     if lane is None:
                         return
                     batch, expired = lane.take()
-                self._running[index] = batch
+                self._running = batch
                 self._deliver(expired, [ExpiredError()] * len(expired))
                 if batch:
                     self._run(lane, batch)
-                self._running[index] = ()
+                self._running = ()
         except BaseException:
-            _log.critical("a batch thread has ended", exc_info=True)
+            _log.critical("the batch thread has ended", exc_info=True)
         finally:
-            self._give_up(index)
+            self.give_up()
 
-    def _next_lane(self, index: int) -> Lane[Any, Any] | None:
+    def _next_lane(self) -> Lane[Any, Any] | None:
         """The lane whose turn it is, once it has a batch to run; None to stop."""
         while not self._stopping:
-            self._beats[index] = time.monotonic()
+            self._beat = time.monotonic()
             lane = next((lane for lane in self._lanes if lane.items), None)
             if lane is None:
                 self._condition.wait(_IDLE_BEAT_S)
                 continue
-            patience = self._delay_s - (self._beats[index] - lane.items[0].queued_at)
+            patience = self._delay_s - (self._beat - lane.items[0].queued_at)
             if patience > 0 and len(lane.items) < lane.sizes[-1]:
                 self._condition.wait(min(patience, _IDLE_BEAT_S))
                 continue
@@ -211,15 +207,17 @@ class Batcher:
         if items and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_settle, items, outcomes)
 
-    def _give_up(self, index: int) -> None:
-        """End the other threads too: half of a server would be slow, and nobody would know why."""
+    def _drop(self) -> None:
         with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
-            left = [*self._running[index], *(item for lane in self._lanes for item in lane.items)]
+            left = [*self._running, *(item for lane in self._lanes for item in lane.items)]
             for lane in self._lanes:
                 lane.items.clear()
         self._deliver(left, [StoppedError()] * len(left))
+
+    def _end(self) -> None:
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
 
 
 def _settle(items: Sequence[_Item[Any, Any]], outcomes: Sequence[Any]) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio
-import anyio.lowlevel
-import anyio.to_thread
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serving.admission import Ticket
@@ -25,6 +23,8 @@ from serving.settings import Settings
 FORM = "multipart/form-data"
 # The last is what `curl --data-binary` says of any file, so the shortest call works.
 RAW_TYPES = ("image/*", NPY, "application/octet-stream", "application/x-www-form-urlencoded")
+# Elements of a JSON body: far more than images and patches, and so few that the errors of all of them cost nothing.
+_MAX_ELEMENTS = 50_000
 HOW_TO_SEND = "curl --data-binary @photo.jpg ...; several as a form: curl -F images=@a.jpg -F images=@b.jpg ..."
 
 
@@ -67,8 +67,16 @@ class Body:
     masked: tuple[int, ...] | None = None
 
 
-async def read_body(request: Request, ticket: Ticket, settings: Settings, model: type[EmbedBody]) -> Body:
+async def read_body(
+    request: Request,
+    ticket: Ticket,
+    settings: Settings,
+    model: type[EmbedBody],
+    in_thread: Callable[..., Awaitable[Body]],
+) -> Body:
     """The body of a request that has been admitted; it is charged to the ticket while it arrives.
+
+    It is taken apart by `in_thread`, a worker thread of a limited number, for a body made for it takes seconds.
 
     Errors: ApiError 400, 408, 413, 415, 422; RequestValidationError; QueueFullError.
     """
@@ -77,9 +85,9 @@ async def read_body(request: Request, ticket: Ticket, settings: Settings, model:
     if not data:
         raise ApiError(400, "empty_body", "the body is empty; expected an image file", HOW_TO_SEND)
     if media_type == FORM:
-        body = await _from_form(request.headers, data, model)
+        body = await in_thread(_from_form, request.headers, data, model)
     elif media_type == JSON:
-        body = await anyio.to_thread.run_sync(_from_json, data, model)
+        body = await in_thread(_from_json, data, model)
     else:
         body = Body((data,))
     if len(body.images) > settings.max_images:
@@ -155,6 +163,9 @@ def _too_large(limit: int) -> ApiError:
 
 
 def _from_json(data: bytes, model: type[EmbedBody]) -> Body:
+    if data.count(b",") > _MAX_ELEMENTS:
+        # Millions of small elements would become gigabytes of objects and of errors. There is no comma in base64.
+        raise ApiError(422, "bad_field", f"the JSON has more than {_MAX_ELEMENTS} elements", HOW_TO_SEND)
     try:
         parsed = model.model_validate_json(data)
     except ValidationError as error:
@@ -169,11 +180,28 @@ def _from_json(data: bytes, model: type[EmbedBody]) -> Body:
 class _InMemoryParser(MultiPartParser):
     # The body is in memory and limited already; a file on disk would only be a copy.
     spool_max_size = 2**62
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def parse_now(self) -> FormData:
+        """What `parse` gives, outside an event loop. Errors: MultiPartException."""
+        try:
+            # With the whole body at hand it waits for nothing.
+            self.parse().send(None)
+        except StopIteration as result:
+            form: FormData = result.value
+        except UnicodeError as error:
+            raise MultiPartException(f"A name in it has no meaning in the charset of the form ({error}).") from None
+        if not self.ended:
+            raise MultiPartException("Its end is missing.")
+        return form
 
 
-async def _from_form(headers: Headers, data: bytes, model: type[EmbedBody]) -> Body:
+def _from_form(headers: Headers, data: bytes, model: type[EmbedBody]) -> Body:
     try:
-        form = await _InMemoryParser(headers, _slices(data), max_fields=0).parse()
+        form = _InMemoryParser(headers, _whole(data), max_fields=0).parse_now()
     except MultiPartException as error:
         raise ApiError(
             400, "bad_body", f"the form cannot be read: {error.message} Every part must be a file", HOW_TO_SEND
@@ -194,11 +222,8 @@ async def _from_form(headers: Headers, data: bytes, model: type[EmbedBody]) -> B
     return Body(tuple(files["images"]), next(iter(files["mask"]), None))
 
 
-async def _slices(data: bytes, size: int = 2**18) -> AsyncGenerator[bytes, None]:
-    """The parser works in the event loop, so between the slices of a long form others get their turn."""
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
-        await anyio.lowlevel.checkpoint()
+async def _whole(data: bytes) -> AsyncGenerator[bytes, None]:
+    yield data
 
 
 def _bad_part(name: str, problem: str) -> RequestValidationError:

@@ -74,7 +74,7 @@ def router(service: Service) -> APIRouter:
         stages = Stages(service.metrics, service.embedding.name)
         async with service.admitted(service.embedding, request) as ticket:
             with stages.timed("read"):
-                body = await read_body(request, ticket, service.settings, EmbedBody)
+                body = await read_body(request, ticket, service.settings, EmbedBody, service.in_thread)
             return await unless_gone(request, _answer(service, request, query, list(body.images), form, stages))
 
     return routes

@@ -21,6 +21,10 @@ from serving.preprocess import MIN_SIDE_PX, ImageError, Reason
 
 REQUEST_ID = "X-Request-Id"
 
+# What callers send stands in the messages, and may be of any length.
+_MAX_MESSAGE = 1000
+_MAX_PROBLEMS = 5
+
 _IMAGE_STATUS: dict[Reason, int] = {"unsupported": 415, "truncated": 415, "too_large": 413, "too_small": 422}
 _IMAGE_HINT: dict[Reason, str] = {
     "unsupported": "send JPEG, PNG, WebP, BMP or TIFF files: curl --data-binary @photo.jpg; other "
@@ -80,6 +84,8 @@ def install(app: FastAPI) -> None:
 def _answer(request: Request, status: int, detail: ErrorDetail, headers: Mapping[str, str] | None = None) -> Response:
     request_id = request.state.request_id
     request.state.facts["error"] = detail.code
+    if len(detail.message) > _MAX_MESSAGE:
+        detail = detail.model_copy(update={"message": detail.message[:_MAX_MESSAGE] + " ..."})
     body = ErrorBody(error=detail, request_id=request_id)
     # The id again, because the answer to an unexpected error is sent from outside the middleware.
     return JSONResponse(body.model_dump(), status, headers={REQUEST_ID: request_id, **(headers or {})})
@@ -114,7 +120,7 @@ def _no_capability(request: Request, error: Exception) -> Response:
 def _bad_field(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = []
-    for problem in error.errors():
+    for problem in error.errors()[:_MAX_PROBLEMS]:
         # Where it comes from a validator of ours pydantic puts its own words before the sentence.
         text = problem["msg"].removeprefix("Value error, ")
         # Of a body nothing is repeated: it holds images.

@@ -7,6 +7,7 @@ the same pixels. Normalisation is not here: it is part of the exported graph.
 from __future__ import annotations
 
 import io
+import re
 from typing import Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -19,6 +20,12 @@ MIN_SIDE_PX = 8
 MAX_CHANNELS = 16
 # Above this Pillow refuses by itself, whatever the caller allows.
 PILLOW_MAX_PIXELS = 178_956_970
+
+# Cameras and encoders write about ten.
+_MAX_JPEG_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_MAX_NPY_SIDE_PX = 2**31
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 _NPY_MAGIC = b"\x93NUMPY"
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")
@@ -81,6 +88,7 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
         return _decode_npy(data, max_pixels)
     image = _open(data, max_pixels)
     _check_size(*image.size, max_pixels)
+    _check_labour(image, data, max_pixels)
     try:
         image.load()
     except Exception as error:  # Pillow's readers raise errors of many types on hostile bytes
@@ -123,6 +131,34 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("too_small", f"{width} x {height} pixels; each side must have at least {MIN_SIDE_PX}")
 
 
+def _check_labour(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Errors: ImageError for a file whose decoding costs far more than its pixels."""
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        tile = (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))
+        if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max_pixels:
+            raise ImageError("too_large", f"a tile of the TIFF file has more than {max_pixels} pixels; save it anew")
+    # A scan without data takes a few bytes, and the time of a pass over the whole picture.
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_JPEG_SCANS and _has_many_scans(data):
+        raise ImageError("unsupported", f"the JPEG file has more than {_MAX_JPEG_SCANS} scans; save it anew")
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """By the markers of the first picture in the file: what stands behind it, a film say, is not decoded."""
+    num_scans, place = 0, 0
+    while match := _JPEG_MARKER.search(data, place):
+        marker, place = match[1][0], match.end()
+        if marker == 0xD9:
+            break
+        num_scans += marker == 0xDA
+        if num_scans > _MAX_JPEG_SCANS:
+            return True
+        # 01 and D0 to D8 stand alone; all others name the length of what follows.
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:
+            place += int.from_bytes(data[place : place + 2])
+    return False
+
+
 class _Layout(NamedTuple):
     """What the header of a NumPy file says of the image behind it."""
 
@@ -142,6 +178,9 @@ def _read_layout(data: bytes) -> _Layout:
         shape, _, dtype = read(stream)
     except Exception as error:  # the header is Python's syntax, so its reader raises errors of many types
         raise ImageError("truncated", f"the NumPy file's header is damaged ({error}); send the whole file") from error
+    # Longer numbers cannot even be written into a message.
+    if any(not -_MAX_NPY_SIDE_PX < side < _MAX_NPY_SIDE_PX for side in shape):
+        raise ImageError("too_large", f"the NumPy file's header names a side of {_MAX_NPY_SIDE_PX} or more")
     axis = None
     if len(shape) == 3:
         axis = 2 if shape[0] > MAX_CHANNELS >= shape[2] else 0

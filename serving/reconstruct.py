@@ -92,7 +92,7 @@ def router(service: Service) -> APIRouter:
         stages = Stages(service.metrics, service.reconstruction.name)
         async with service.admitted(service.reconstruction, request) as ticket:
             with stages.timed("read"):
-                body = await read_body(request, ticket, service.settings, ReconstructBody)
+                body = await read_body(request, ticket, service.settings, ReconstructBody, service.in_thread)
             if len(body.images) > 1:
                 raise _bad("images", f"{len(body.images)} images; expected one")
             return await unless_gone(request, _answer(service, request, query, body, form, stages))

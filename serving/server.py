@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import threading
 import time
 from types import FrameType
 
 import uvicorn
 
 from serving.app import create_app
+from serving.protocol import protocol_class
 from serving.service import Service
 
 # Time for whoever watches to see that the process is not live, before it ends.
 _LAST_WORDS_S = 2.0
+# Of the grace, for answers to be taken and connections to be closed.
+_CLOSING_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -24,13 +27,18 @@ class Server(uvicorn.Server):
         settings = service.settings
         self.failed = False
         self._service = service
-        self._warming: asyncio.Task[None] | None = None
+        # Not of the event loop's own pool, for whose threads it waits when it ends.
+        self._warming = threading.Thread(target=self._warm, name="warm", daemon=True)
         self._deadline = float("inf")
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 host=settings.host,
                 port=settings.port,
+                http=protocol_class(settings.body_timeout_s),
+                # There is nothing for WebSockets here, and a library for them may be installed.
+                ws="none",
+                lifespan="on",
                 # Requests are logged by Observe, with their ids.
                 log_config=None,
                 access_log=False,
@@ -41,16 +49,19 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """What uvicorn asks ten times a second: whether it is time to end."""
-        if self._warming is None:
-            self._warming = asyncio.create_task(self._warm())
+        if self._warming.ident is None:
+            self._warming.start()
         service = self._service
         if not service.live and not self.failed:
             self.failed = True
             service.draining = True
+            service.give_up()
             self._deadline = time.monotonic() + _LAST_WORDS_S
             _log.critical("the batch thread has ended or hangs; the server ends")
         if service.draining and (time.monotonic() > self._deadline or (service.idle and not self.failed)):
             self.should_exit = True
+            # Those who still send or read have what is left of the grace, not the whole once more.
+            self.config.timeout_graceful_shutdown = max(1, int(self._deadline + _CLOSING_S - time.monotonic()))
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -59,13 +70,19 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True
-        self._deadline = time.monotonic() + self._service.settings.grace_s
+        grace_s = self._service.settings.grace_s
+        self._deadline = time.monotonic() + max(grace_s - _CLOSING_S, grace_s / 2)
 
-    async def _warm(self) -> None:
+    @property
+    def left_behind(self) -> bool:
+        """Whether a thread of the server is still in the model, after `run`."""
+        return self._warming.is_alive() or self._service.working
+
+    def _warm(self) -> None:
         started = time.monotonic()
         service = self._service
         try:
-            await asyncio.to_thread(service.warm)
+            service.warm()
         except Exception:
             _log.critical("the bundle cannot run", exc_info=True)
             self.failed = self.should_exit = True

@@ -103,7 +103,7 @@ class Service:
         delay_ms = settings.batch_delay_ms
         if delay_ms is None:
             delay_ms = _CUDA_DELAY_MS if bundle.on_cuda else 0.0
-        self._batcher = Batcher([self.embedding.lane, self.reconstruction.lane], delay_ms / 1000, num_threads=1)
+        self._batcher = Batcher([self.embedding.lane, self.reconstruction.lane], delay_ms / 1000)
         # More at once would not be faster, only hold more decoded pictures in memory.
         self._room = anyio.CapacityLimiter(bundle.num_threads)
         self.metrics.watch_state(lambda: self.live, lambda: self.ready)
@@ -130,6 +130,15 @@ class Service:
             yield
         finally:
             self._batcher.stop()
+
+    @property
+    def working(self) -> bool:
+        """Whether a batch thread has not ended."""
+        return self._batcher.working
+
+    def give_up(self) -> None:
+        """Answer all who wait that nothing will come: the batch thread has ended or hangs."""
+        self._batcher.give_up()
 
     def warm(self) -> None:
         """Run every shape that will be run, so that no caller pays for allocations and the choice of kernels."""

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,14 @@ class Server:
 
 
 @contextmanager
-def running(bundle: Path, log: Path, environment: dict[str, str]) -> Iterator[Server]:
+def running(
+    bundle: Path, log: Path, environment: dict[str, str], program: Sequence[str] = ("-m", "serving")
+) -> Iterator[Server]:
     """Start the server on a free port, wait until it is ready, and stop it in the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "serving", "--bundle", str(bundle), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, *program, "--bundle", str(bundle), "--port", str(port), "--device", "cpu"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output)
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -44,7 +44,7 @@ def with_batcher(
     lanes: Sequence[Lane[int, int]], test: Callable[[Batcher], Coroutine[Any, Any, None]], delay_s: float = 0
 ) -> None:
     async def run() -> None:
-        batcher = Batcher(lanes, delay_s, num_threads=1)
+        batcher = Batcher(lanes, delay_s)
         batcher.start()
         try:
             await asyncio.wait_for(test(batcher), WAIT_S)
@@ -249,23 +249,3 @@ def test_stopping_answers_what_is_queued_and_ends_the_batch_at_work() -> None:
             await second
 
     with_batcher([numbers], test)
-
-
-def test_two_threads_run_two_batches_at_the_same_time() -> None:
-    together = threading.Barrier(2, timeout=WAIT_S)
-
-    def meet(numbers: Sequence[int]) -> list[int]:
-        together.wait()
-        return list(numbers)
-
-    async def run() -> None:
-        numbers: Lane[int, int] = Lane("test", meet, lambda size, seconds: None)
-        batcher = Batcher([numbers], 0, num_threads=2)
-        batcher.start()
-        try:
-            results = await asyncio.gather(submit(batcher, numbers, 1), submit(batcher, numbers, 2))
-            assert sorted(result for result, _ in results) == [1, 2]
-        finally:
-            batcher.stop()
-
-    asyncio.run(run())

@@ -32,16 +32,18 @@ def write_tiny_bundle(
     crop_fraction: float = 1.0,
     reconstructors: bool = True,
     variants: Sequence[str] = (),
+    num_products: int = 0,
 ) -> Path:
     """Write the bundle into `folder` and return it. `size` is (height, width) in pixels.
 
-    The class token of an encoder in `variants` ("int8", "float16") is VARIANT_SCALE times that of the plain one.
+    The class token of an encoder in `variants` ("int8", "float16") is VARIANT_SCALE times that of the plain one. So
+    many products of 256 x 256 matrices for each image, of no effect, make the plain one as slow as a test needs it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = (channels, *size)
-    models = {"encoder.onnx": _encoder(shape, patch_size)}
+    models = {"encoder.onnx": _encoder(shape, patch_size, num_products=num_products)}
     for variant in variants:
-        models[VARIANT_FILES[variant]] = _encoder(shape, patch_size, VARIANT_SCALE[variant])
+        models[VARIANT_FILES[variant]] = _encoder(shape, patch_size, token_scale=VARIANT_SCALE[variant])
     if reconstructors:
         models["reconstructor.onnx"] = _reconstructor(shape, patch_size)
         models["skip_reconstructor.onnx"] = _skip_reconstructor(shape)
@@ -164,6 +166,15 @@ class _Graph:
         flat = self.add("Reshape", means, self.constant([0, channels, -1], np.int64))
         return self.add("Transpose", flat, perm=[0, 2, 1], output=output)
 
+    def labour(self, patches: str, num_products: int) -> str:
+        """Zero, [B, 1, 1], after so many matrix products for each image that no optimizer can leave out."""
+        axes = self.constant([1, 2], np.int64)
+        square = self.add("Expand", self.add("ReduceMean", patches, axes), self.constant([1, 256, 256], np.int64))
+        averaging = self.constant(np.full((256, 256), 1 / 256))
+        for _ in range(num_products):
+            square = self.add("MatMul", square, averaging)
+        return self.add("Mul", self.add("ReduceMean", square, axes), self.constant(0))
+
     def model(self, inputs: dict[str, tuple[int, list[Any]]], outputs: dict[str, list[Any]]) -> onnx.ModelProto:
         graph = helper.make_graph(
             self._nodes,
@@ -175,9 +186,13 @@ class _Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def _encoder(shape: tuple[int, int, int], patch_size: int, token_scale: float = 1.0) -> onnx.ModelProto:
+def _encoder(
+    shape: tuple[int, int, int], patch_size: int, *, token_scale: float = 1.0, num_products: int = 0
+) -> onnx.ModelProto:
     graph = _Graph()
-    patches = graph.patches(shape, patch_size, output="patches")
+    patches = graph.patches(shape, patch_size, output="" if num_products else "patches")
+    if num_products:
+        patches = graph.add("Add", patches, graph.labour(patches, num_products), output="patches")
     token = graph.add("ReduceMax", patches, graph.constant([1], np.int64), keepdims=0)
     graph.add("Mul", token, graph.constant(token_scale), output="class_token")
     graph.add("ReduceMean", patches, graph.constant([1], np.int64), keepdims=0, output="pooled")
