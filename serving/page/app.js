@@ -10,6 +10,8 @@ import { showLatency } from "./latency.js";
 import { clearNotice, copyCommand, showProblem } from "./notice.js";
 import { asModelSees, drawnSample, leftPanel } from "./picture.js";
 
+// Pictures of fewer pixels are shown with their pixels.
+const SMOOTH_PX = 96;
 const SAFETENSORS = "application/x-safetensors";
 let page = null;
 // What waits for a key.
@@ -58,6 +60,7 @@ class Page {
     const size = { rows, columns, width: preprocessing.width, height: preprocessing.height };
     Object.assign(this, { bundle, limits, taking: null });
     byId("playground").hidden = false;
+    document.body.toggleAttribute("data-smooth", size.width >= SMOOTH_PX);
     describe(info);
     this.grid = new PatchGrid(byId("grid"), {
       rows,
@@ -108,7 +111,7 @@ class Page {
     const sources = [];
     try {
       for (const name of examples) {
-        const url = new URL(`examples/${encodeURIComponent(name)}`, BASE);
+        const url = new URL(`examples/${encodeURIComponent(name)}`, BASE).href;
         // Fetched rather than linked: an image element could not send a key.
         sources.push({ name, blob: new Blob([(await call(`examples/${name}`)).data]), example: true, url });
       }
@@ -203,9 +206,13 @@ class Page {
     if (canvas) copyCanvas(canvas, stage);
     else Object.assign(stage, { width, height });
     const from = picture ? `${picture.fileWidth} × ${picture.fileHeight} px, seen as ` : "seen as ";
-    const save = source.sample ? [make("a", { href: URL.createObjectURL(source.blob), download: source.name }, "Save it"), "."] : [];
     const undrawn = canvas ? "" : " A browser cannot draw this file, and this bundle has no decoder to do it; its features are as good.";
-    byId("about-image").replaceChildren(make("b", {}, source.name), ` · ${from}${width} × ${height} px.${undrawn} `, ...save);
+    const about = [make("b", {}, source.name), ` · ${from}${width} × ${height} px.${undrawn} `];
+    if (source.sample) {
+      const save = make("a", { href: URL.createObjectURL(source.blob), download: source.name }, "Save it");
+      about.push("The bundle brings no examples, so this one is drawn; the model knows best what is like the images it learned from. ", save);
+    }
+    byId("about-image").replaceChildren(...about);
     for (const button of byId("examples").children) button.setAttribute("aria-pressed", button === source.button);
   }
 }

@@ -30,7 +30,8 @@ export class Completion {
     }
     if (!capabilities.reconstruct && !capabilities.skip_reconstruct) {
       byId("completion").querySelector(".lead").textContent =
-        `${missing} Its features are below. A model that cae-pipe pretrains, exported with its tokenizer, can do both.`;
+        `${missing} Its features are above. A model that cae-pipe pretrains, exported with its tokenizer, can do both.`;
+      byId("features").after(byId("completion"));
     }
     if (capabilities.reconstruct) this.buildMask(bundle.default_mask_ratio);
   }
@@ -147,7 +148,7 @@ export class Completion {
       const answer = await call(PATH, { query, body: this.source.blob, accept: PNG, signal });
       const bitmap = await createImageBitmap(new Blob([answer.data]));
       figure.show(figure.element.querySelector("strong").textContent, (canvas) => copyCanvas(bitmap, canvas));
-      showLatency(name, answer);
+      showLatency(name === "skip" ? "no regressor" : name, answer);
       const command = curlCommand({ source: this.source, path: PATH, query, accept: PNG, output: `${name}.png` });
       this.copies[name].onclick = () => copyCommand(command);
       this.copies[name].disabled = false;

@@ -10,7 +10,8 @@ const NO_CLASS_TOKEN = "This encoder has no class token, and so no attention of 
 /** `onPoint` is called with the patch that is pointed at in a map. */
 export class Features {
   constructor(size, onPoint) {
-    Object.assign(this, size, { num: size.rows * size.columns, anchor: 0, head: null, attention: null, unit: null });
+    Object.assign(this, size, { num: size.rows * size.columns, head: null, attention: null, unit: null });
+    this.anchor = Math.floor(size.rows / 2) * size.columns + Math.floor(size.columns / 2);
     this.figures = ["similarity", "pca", "attention"].map((name) => new Figure(name, size));
     [this.similarity, this.pca, this.attentionFigure] = this.figures;
     for (const figure of this.figures) {
@@ -55,9 +56,9 @@ export class Features {
     this.similarity.show(`Similarity of every patch to ${this.place(index)}`, (canvas) =>
       drawMap(canvas, this.rows, this.columns, (k) => scaled(values[k], low, 1)),
     );
-    label(this.similarity, low.toFixed(2), "1.00");
+    label(this.similarity, decimal(low), decimal(1));
     const mean = (values.reduce((sum, value) => sum + value, 0) - values[index]) / Math.max(1, this.num - 1);
-    reading(this.similarity, `${this.place(index)}: mean cosine ${mean.toFixed(2)}`);
+    reading(this.similarity, `${this.place(index)}: mean cosine ${decimal(mean)}`);
     for (const figure of this.figures) figure.point(index);
     this.readAttention();
   }
@@ -119,6 +120,8 @@ export class Features {
     for (const figure of this.figures) figure.busy(value);
   }
 }
+
+const decimal = (value) => value.toFixed(2).replace("-", "−");
 
 function label(figure, low, high) {
   const [left, right] = figure.element.querySelectorAll(".legend div span");
