@@ -14,16 +14,16 @@ export function hasKey() {
   return key !== "";
 }
 
-/** What went wrong, in sentences: `title`, `detail`, `hint`; `retryAfter` in seconds where another try may help. */
+/** What went wrong with which file, in sentences; `retryAfter` in seconds where another try may help, else null. */
 export class Problem extends Error {
   constructor(fields) {
     super(fields.title);
-    Object.assign(this, { code: "", detail: "", hint: "", requestId: "", retryAfter: null }, fields);
+    Object.assign(this, { code: "", detail: "", hint: "", file: "", requestId: "", retryAfter: null }, fields);
   }
 }
 
 const SENTENCES = {
-  image_unsupported: ["The server cannot read this file", "Take a JPEG, PNG, WebP, BMP or TIFF picture, or a NumPy file (.npy)."],
+  image_unsupported: ["The server cannot read this file", ""],
   image_truncated: ["This file is cut off or damaged", "Check that it opens in a picture viewer, or take another one."],
   image_too_large: ["This picture has too many pixels", "Make it smaller, then drop it again."],
   image_too_small: ["This picture is too small", "Take a larger one."],

@@ -31,7 +31,11 @@ async function start() {
 
 /** A key is asked for; any other problem is told. */
 function report(error, again) {
-  if (!(error instanceof Problem)) throw error;
+  if (!(error instanceof Problem)) {
+    console.error(error);
+    const hint = "Reload it. If that does not help, tell who runs the server what this says.";
+    return showProblem(new Problem({ title: "This page has a fault", detail: String(error), hint }), again);
+  }
   if (error.code !== "unauthorized") return showProblem(error, again);
   pending = again;
   byId("key-problem").textContent = byId("key").value ? "The server does not accept this key." : "";
@@ -78,6 +82,7 @@ class Page {
 
   point(index) {
     this.features.point(index);
+    this.grid.mark(index);
   }
 
   listen() {
@@ -218,8 +223,7 @@ class Page {
 }
 
 function named(error, source) {
-  if (error instanceof Problem) error.detail = `${source.name}: ${error.detail || error.title}`;
-  return error;
+  return Object.assign(error, { file: source.name });
 }
 
 const megabytes = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1000)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);

@@ -25,7 +25,7 @@ function colour(t) {
   const lightness = 0.22 + 0.72 * t;
   const hue = 300 - 195 * t;
   // As colourful as a screen can show, up to a limit.
-  let chroma = 0.16;
+  let chroma = 0.125;
   let rgb = linearRgb(lightness, chroma, hue);
   while (chroma > 0.01 && rgb.some((x) => x < 0 || x > 1)) rgb = linearRgb(lightness, (chroma -= 0.005), hue);
   return rgb.map(byte);

@@ -103,6 +103,8 @@ export class Completion {
     this.running?.abort();
     const { signal } = (this.running = new AbortController());
     const { reconstruct, skip_reconstruct: skip } = this.bundle.capabilities;
+    // Those of a call that was given up.
+    for (const figure of Object.values(this.figures)) figure.busy(false);
     if (!this.source || !(reconstruct || skip)) return;
     try {
       if (reconstruct && this.isUsable()) {

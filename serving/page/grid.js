@@ -75,6 +75,12 @@ export class PatchGrid {
     this.cells[index].focus({ preventScroll: true });
   }
 
+  /** Mark the patch that the maps compare with. */
+  mark(index) {
+    this.element.querySelector(".pointed")?.classList.remove("pointed");
+    this.cells[index].classList.add("pointed");
+  }
+
   key(event) {
     const { rows, columns, current } = this;
     const [row, column] = [Math.floor(current / columns), current % columns];

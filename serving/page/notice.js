@@ -16,7 +16,9 @@ export function showProblem(problem, again) {
   clearInterval(timer);
   box.querySelector("strong").textContent = problem.title;
   box.querySelector("p").textContent = [problem.detail, problem.hint].filter(Boolean).join(" ");
-  box.querySelector("small").textContent = problem.requestId ? `Request ${problem.requestId}` : "";
+  box.querySelector("small").textContent = [problem.file, problem.requestId && `Request ${problem.requestId}`]
+    .filter(Boolean)
+    .join(" · ");
   box.hidden = false;
   retry.hidden = problem.retryAfter === null || !again;
   if (retry.hidden) return;

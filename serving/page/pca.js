@@ -1,8 +1,9 @@
 // What is computed from the patch features [N, D], given row after row: principal components and cosines.
 
-const MAX_ITERATIONS = 1000;
-const TOLERANCE = 1e-9;
-// A smaller share of the variance is rounding.
+// Steps of Lanczos' method. The first components come out within a few dozen, however many patches and features.
+const MAX_STEPS = 60;
+const MAX_SWEEPS = 30;
+// What is smaller, as a share of the whole, is rounding.
 const NEGLIGIBLE = 1e-10;
 
 /** Rows of length 1; a row of zeros has no direction, and stays. */
@@ -19,11 +20,7 @@ export function normalized(features, num, width) {
 
 /** Cosines [N] between one row and all, from rows of length 1. */
 export function cosines(unit, num, width, anchor) {
-  return Float64Array.from({ length: num }, (_, row) => {
-    let sum = 0;
-    for (let k = 0; k < width; k++) sum += unit[row * width + k] * unit[anchor * width + k];
-    return sum;
-  });
+  return times(unit, num, width, unit.subarray(anchor * width, (anchor + 1) * width));
 }
 
 /**
@@ -32,23 +29,14 @@ export function cosines(unit, num, width, anchor) {
  */
 export function principalComponents(features, num, width, count) {
   const rows = centred(features, num, width);
-  // Of the two products that have the same eigenvalues the smaller.
-  const tall = num > width;
-  const size = tall ? width : num;
-  const matrix = tall ? columnProducts(rows, num, width) : rowProducts(rows, num, width);
-  let variance = 0;
-  for (let i = 0; i < size; i++) variance += matrix[i * size + i];
+  const variance = dot(rows, rows);
+  const pairs = variance > NEGLIGIBLE * dot(features, features) ? eigenpairs(rows, num, width, variance) : [];
   const scores = [], shares = [];
   for (let component = 0; component < count; component++) {
-    const { value, vector } = largestEigenpair(matrix, size);
-    if (!(value > NEGLIGIBLE * variance)) {
-      scores.push(new Float64Array(num));
-      shares.push(0);
-      continue;
-    }
-    deflate(matrix, size, value, vector);
-    scores.push(withFixedSign(tall ? projected(rows, num, width, vector) : vector.map((x) => x * Math.sqrt(value))));
-    shares.push(value / variance);
+    const { value = 0, vector } = pairs[component] ?? {};
+    const present = value > NEGLIGIBLE * variance;
+    scores.push(present ? withFixedSign(times(rows, num, width, vector)) : new Float64Array(num));
+    shares.push(present ? value / variance : 0);
   }
   return { scores, shares };
 }
@@ -63,72 +51,109 @@ function centred(features, num, width) {
   return rows;
 }
 
-function rowProducts(rows, num, width) {
-  const products = new Float64Array(num * num);
-  for (let i = 0; i < num; i++) {
-    for (let j = 0; j <= i; j++) {
-      let sum = 0;
-      for (let k = 0; k < width; k++) sum += rows[i * width + k] * rows[j * width + k];
-      products[i * num + j] = products[j * num + i] = sum;
+/** Largest first: eigenvalues and eigenvectors [D] of X'X, by Lanczos' method with full orthogonalisation. */
+function eigenpairs(rows, num, width, variance) {
+  const steps = Math.min(MAX_STEPS, width, num);
+  const basis = [], diagonal = [], beside = [];
+  let next = anyVector(width, 0);
+  for (let step = 0; step < steps; step++) {
+    let length = orthogonalized(next, basis);
+    beside.push(length);
+    if (length < NEGLIGIBLE * variance) {
+      // Nothing is left in this direction; another may hold an eigenvalue that comes twice.
+      beside[step] = 0;
+      next = anyVector(width, step);
+      length = orthogonalized(next, basis);
     }
+    const vector = next.map((x) => x / length);
+    basis.push(vector);
+    next = transposedTimes(rows, num, width, times(rows, num, width, vector));
+    diagonal.push(dot(vector, next));
   }
-  return products;
+  return smallEigenpairs(diagonal, beside).map(({ value, weights }) => ({
+    value,
+    vector: Float64Array.from({ length: width }, (_, k) => basis.reduce((sum, vector, j) => sum + weights[j] * vector[k], 0)),
+  }));
 }
 
-function columnProducts(rows, num, width) {
-  const products = new Float64Array(width * width);
-  for (let row = 0; row < num; row++) {
-    for (let i = 0; i < width; i++) {
-      for (let j = 0; j < width; j++) products[i * width + j] += rows[row * width + i] * rows[row * width + j];
+/** Take the basis out of a vector, in place; what is left of its length. Twice, for the sake of rounding. */
+function orthogonalized(vector, basis) {
+  for (const member of [...basis, ...basis]) {
+    const share = dot(vector, member);
+    for (let k = 0; k < vector.length; k++) vector[k] -= share * member[k];
+  }
+  return Math.sqrt(dot(vector, vector));
+}
+
+/** The same for the same step, and in no special direction. */
+function anyVector(width, step) {
+  return Float64Array.from({ length: width }, (_, k) => Math.sin(12.9898 * (k + 1) + 78.233 * (step + 1) * (k + 2)));
+}
+
+/** Of the symmetric matrix with this diagonal and these values beside it, by Jacobi's rotations; largest first. */
+function smallEigenpairs(diagonal, beside) {
+  const size = diagonal.length;
+  const matrix = diagonal.map((value, i) => {
+    const row = new Float64Array(size);
+    row[i] = value;
+    if (i > 0) row[i - 1] = beside[i];
+    if (i + 1 < size) row[i + 1] = beside[i + 1];
+    return row;
+  });
+  const vectors = diagonal.map((_, i) => Float64Array.from({ length: size }, (__, j) => Number(i === j)));
+  const scale = Math.max(...diagonal);
+  for (let sweep = 0; sweep < MAX_SWEEPS; sweep++) {
+    let largest = 0;
+    for (let p = 0; p < size; p++) {
+      for (let q = p + 1; q < size; q++) {
+        largest = Math.max(largest, Math.abs(matrix[p][q]));
+        if (matrix[p][q] !== 0) rotate(matrix, vectors, p, q);
+      }
     }
+    if (largest < 1e-14 * scale) break;
   }
-  return products;
+  const order = [...diagonal.keys()].sort((a, b) => matrix[b][b] - matrix[a][a]);
+  return order.map((k) => ({ value: matrix[k][k], weights: vectors.map((row) => row[k]) }));
 }
 
-/** By power iteration: a map of colours needs no more, and any number of patches stays fast. */
-function largestEigenpair(matrix, size) {
-  let start = 0;
-  for (let i = 1; i < size; i++) if (matrix[i * size + i] > matrix[start * size + start]) start = i;
-  // A column of the matrix lies where its eigenvectors do.
-  let vector = matrix.slice(start * size, (start + 1) * size);
-  let value = 0;
-  for (let iteration = 0; iteration < MAX_ITERATIONS; iteration++) {
-    const length = Math.hypot(...vector);
-    if (!length) return { value: 0, vector };
-    vector = vector.map((x) => x / length);
-    const next = product(matrix, size, vector);
-    value = Math.hypot(...next);
-    let change = 0;
-    for (let i = 0; i < size; i++) change = Math.max(change, Math.abs(next[i] - value * vector[i]));
-    if (change <= TOLERANCE * value) break;
-    vector = next;
+/** Turn in the plane of p and q so that matrix[p][q] becomes 0. */
+function rotate(matrix, vectors, p, q) {
+  const theta = (matrix[q][q] - matrix[p][p]) / (2 * matrix[p][q]);
+  const tangent = (theta < 0 ? -1 : 1) / (Math.abs(theta) + Math.sqrt(theta * theta + 1));
+  const cosine = 1 / Math.sqrt(tangent * tangent + 1);
+  const sine = tangent * cosine;
+  const turn = (row, i, j) => ([row[i], row[j]] = [cosine * row[i] - sine * row[j], sine * row[i] + cosine * row[j]]);
+  for (const row of matrix) turn(row, p, q);
+  for (let k = 0; k < matrix.length; k++) {
+    const [a, b] = [matrix[p][k], matrix[q][k]];
+    matrix[p][k] = cosine * a - sine * b;
+    matrix[q][k] = sine * a + cosine * b;
   }
-  const length = Math.hypot(...vector) || 1;
-  return { value, vector: vector.map((x) => x / length) };
+  for (const row of vectors) turn(row, p, q);
 }
 
-function product(matrix, size, vector) {
-  const result = new Float64Array(size);
-  for (let i = 0; i < size; i++) {
-    let sum = 0;
-    for (let j = 0; j < size; j++) sum += matrix[i * size + j] * vector[j];
-    result[i] = sum;
-  }
-  return result;
-}
-
-function deflate(matrix, size, value, vector) {
-  for (let i = 0; i < size; i++) {
-    for (let j = 0; j < size; j++) matrix[i * size + j] -= value * vector[i] * vector[j];
-  }
-}
-
-function projected(rows, num, width, vector) {
+/** X v, [N]. */
+function times(rows, num, width, vector) {
   return Float64Array.from({ length: num }, (_, row) => {
     let sum = 0;
     for (let k = 0; k < width; k++) sum += rows[row * width + k] * vector[k];
     return sum;
   });
+}
+
+/** X' u, [D]. */
+function transposedTimes(rows, num, width, weights) {
+  const sums = new Float64Array(width);
+  for (let row = 0; row < num; row++) {
+    for (let k = 0; k < width; k++) sums[k] += weights[row] * rows[row * width + k];
+  }
+  return sums;
+}
+
+function dot(a, b) {
+  let sum = 0;
+  for (let k = 0; k < a.length; k++) sum += a[k] * b[k];
+  return sum;
 }
 
 function withFixedSign(scores) {

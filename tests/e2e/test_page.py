@@ -419,29 +419,40 @@ def test_similarity_components_and_attention_are_those_of_numpy(
         expect(tab.page.locator('[data-figure="attention"] .reading')).to_contain_text(f"{100 * head[6]:.1f} %")
 
 
-def test_components_of_wide_features_are_those_of_numpy(server: Server, open_tab: Open) -> None:
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(12, 40, 12), (40, 12, 12), (196, 384, 196), (20, 8, 2)])
+def test_components_of_any_shape_are_those_of_numpy(
+    server: Server, open_tab: Open, rows: int, columns: int, rank: int
+) -> None:
     tab = open_tab(server.url)
     rng = np.random.default_rng(5)
-    # More columns than rows, and more rows than columns: each has its own way.
-    for rows, columns in ((12, 40), (40, 12)):
-        features = rng.normal(size=(rows, columns)) * np.linspace(4, 0.1, columns)
-        code = """async ([values, rows, columns]) => {
-          const { principalComponents } = await import("./page/pca.js");
-          const { scores, shares } = principalComponents(values, rows, columns, 3);
-          return [scores.map((row) => [...row]), shares];
-        }"""
-        scores, shares = tab.page.evaluate(code, [features.reshape(-1).tolist(), rows, columns])
-        left, singular, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
-        expected = (left * singular)[:, :3]
-        expected *= np.sign(expected[np.abs(expected).argmax(axis=0), range(3)])
-        np.testing.assert_allclose(np.transpose(scores), expected, atol=1e-4)
-        np.testing.assert_allclose(shares, (singular**2 / (singular**2).sum())[:3], atol=1e-6)
+    # Variances as features have them: a few large ones and a long tail.
+    features = (rng.normal(size=(rows, rank)) / np.arange(1, rank + 1)) @ rng.normal(size=(rank, columns))
+    code = """async ([values, rows, columns]) => {
+      const { principalComponents } = await import("./page/pca.js");
+      const { scores, shares } = principalComponents(values, rows, columns, 3);
+      return [scores.map((row) => [...row]), shares];
+    }"""
+    scores, shares = tab.page.evaluate(code, [features.reshape(-1).tolist(), rows, columns])
+    left, singular, _ = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    expected = (left * singular)[:, :3]
+    expected *= np.sign(expected[np.abs(expected).argmax(axis=0), range(3)])
+    np.testing.assert_allclose(np.transpose(scores), expected, atol=1e-6 * singular[0])
+    np.testing.assert_allclose(shares, (singular**2 / (singular**2).sum())[:3], atol=1e-8)
+
+
+def test_alike_patches_have_no_components(server: Server, open_tab: Open) -> None:
+    tab = open_tab(server.url)
+    code = """async () => {
+      const { principalComponents } = await import("./page/pca.js");
+      return principalComponents(new Float64Array(21).fill(0.1), 7, 3, 3).shares;
+    }"""
+    assert tab.page.evaluate(code) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("name", "data", "title", "part"),
     [
-        ("notes.txt", b"dear diary, today", "The server cannot read this file", "Take a JPEG, PNG"),
+        ("notes.txt", b"dear diary, today", "The server cannot read this file", "expected one of JPEG, PNG"),
         (
             "half.jpg",
             encoded(pixels_of(6, size=(160, 160)), "JPEG")[:2000],
