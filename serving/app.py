@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse
-from fastapi.staticfiles import StaticFiles
 
-from serving import embed, errors, reconstruct, status
+from serving import embed, errors, playground, reconstruct, status
 from serving.observe import Observe
 from serving.security import key_check
 from serving.service import Service
-
-_PAGE = Path(__file__).parent / "page"
 
 
 def create_app(service: Service) -> FastAPI:
@@ -47,12 +42,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(reconstruct.router(service), dependencies=guarded)
     app.include_router(status.router(service), dependencies=guarded)
     app.include_router(status.health(service))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(_PAGE / "index.html")
-
-    app.mount("/page", StaticFiles(directory=_PAGE))
+    app.include_router(playground.router())
     errors.install(app)
     if settings.cors_origins:
         app.add_middleware(
