@@ -50,7 +50,7 @@ def _export_vit_small(root: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as weights:
         save_trained(Path(weights), build_encoder(architecture), description)
-        export(Workspace(root, root / "params.yaml"), Path(weights), folder, {})
+        export(Workspace(root, root / "params.yaml"), Path(weights), folder, {}, ())
 
 
 def jpeg(num_bytes: int = JPEG_BYTES, seed: int = 0) -> bytes:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import orjson
 import safetensors.numpy
-from fastapi import Response
 from numpy.typing import NDArray
 
 from serving.errors import ApiError
@@ -63,29 +62,19 @@ def _quality(media_type: str, ranges: Sequence[Mapping[str, Any]]) -> float:
     return 0.0
 
 
-def json_response(content: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-    """A JSON answer; NumPy arrays in `content` become nested lists of numbers that read back to the same values."""
-    text = orjson.dumps(content, default=_contiguous, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(text, media_type=JSON, headers=dict(headers))
+def written(
+    form: str, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str], described: Mapping[str, Any]
+) -> bytes:
+    """The arrays in one of the forms.
 
-
-def npy_response(array: NDArray[Any], headers: Mapping[str, str]) -> Response:
-    """The array as the bytes of a .npy file, for `numpy.load`."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return Response(buffer.getvalue(), media_type=NPY, headers=dict(headers))
-
-
-def safetensors_response(
-    arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str], headers: Mapping[str, str]
-) -> Response:
-    """The arrays under their names, for `safetensors.numpy.load`; `metadata` stands in the file's head."""
+    JSON holds `about`, `described` and the arrays as nested lists of numbers that read back to the same values;
+    safetensors the arrays, with `about` in its head; npy the first array alone.
+    """
+    if form == NPY:
+        buffer = io.BytesIO()
+        np.save(buffer, next(iter(arrays.values())), allow_pickle=False)
+        return buffer.getvalue()
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = safetensors.numpy.save(contiguous, dict(metadata))
-    return Response(data, media_type=SAFETENSORS, headers=dict(headers))
-
-
-def _contiguous(value: object) -> object:
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    if form == SAFETENSORS:
+        return safetensors.numpy.save(contiguous, dict(about))
+    return orjson.dumps({**about, **described, **contiguous}, option=orjson.OPT_SERIALIZE_NUMPY)

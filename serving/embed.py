@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serving import openapi
-from serving.answers import JSON, NPY, SAFETENSORS, json_response, negotiate, npy_response, safetensors_response
+from serving.answers import JSON, NPY, SAFETENSORS, negotiate, written
 from serving.bodies import EmbedBody, read_body
 from serving.bundle_info import Output
 from serving.observe import Stages
@@ -98,17 +98,10 @@ def _write(
 ) -> Response:
     with stages.timed("encode"):
         arrays = {name: _formed(name, [result[OUTPUTS[name]] for result in results], query) for name in query.names()}
-    request.state.facts.update(stages.milliseconds())
-    headers = service.headers(stages)
-    about = service.about(request)
-    if form == NPY:
-        return npy_response(arrays[query.names()[0]], headers)
-    if form == SAFETENSORS:
-        return safetensors_response(arrays, about, headers)
-    content: dict[str, Any] = {**about, "grid": list(service.bundle.info.model.grid)}
-    return json_response(
-        content | {"shapes": {name: list(array.shape) for name, array in arrays.items()}} | arrays, headers
-    )
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        described = {"grid": service.bundle.info.model.grid, "shapes": shapes}
+        data = written(form, arrays, service.about(request), described)
+    return service.response(request, data, form, stages)
 
 
 def _formed(name: str, rows: list[NDArray[np.float32]], query: EmbedQuery) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serving import masks, openapi, preprocess
-from serving.answers import JSON, NPY, PNG, SAFETENSORS, json_response, negotiate, npy_response, safetensors_response
+from serving.answers import JSON, NPY, PNG, SAFETENSORS, negotiate, written
 from serving.bodies import Body, ReconstructBody, read_body
 from serving.masks import Mask
 from serving.observe import Stages
@@ -149,31 +149,25 @@ def _write(
     form: str,
     stages: Stages,
 ) -> Response:
-    picture = b""
+    headers: dict[str, str] = {}
+    arrays: dict[str, NDArray[Any]] = {"reconstruction": reconstruction[None]}
+    about = service.about(request)
+    described: dict[str, Any] = {"grid": service.bundle.info.model.grid, "shape": [1, *image.shape]}
+    if hidden:
+        drawn_by = {"ratio": hidden.ratio, "seed": hidden.seed} if hidden.ratio else {}
+        headers = {"X-Mask-Kind": hidden.kind, "X-Masked-Patches": ",".join(map(str, hidden.mask.masked))}
+        headers |= {f"X-Mask-{name.title()}": str(value) for name, value in drawn_by.items()}
+        arrays |= hidden.mask._asdict()
+        about |= {"mask_kind": hidden.kind}
+        described |= {"mask_ratio": hidden.ratio, "seed": hidden.seed}
     with stages.timed("encode"):
         if form == PNG:
             masked = hidden.mask.masked if hidden else None
-            drawn = masks.draw(query.view, image, reconstruction, masked, service.bundle.info.model.patch_size)
-            picture = masks.png(drawn)
-    request.state.facts.update(stages.milliseconds())
-    headers, about = service.headers(stages), service.about(request)
-    arrays: dict[str, Any] = {"reconstruction": reconstruction[None]}
-    if hidden:
-        drawn_by = {"mask_ratio": hidden.ratio, "seed": hidden.seed} if hidden.ratio else {}
-        about |= {"mask_kind": hidden.kind, **{name: str(value) for name, value in drawn_by.items()}}
-        arrays |= {"visible": hidden.mask.visible, "masked": hidden.mask.masked}
-        headers |= {"X-Mask-Kind": hidden.kind, "X-Masked-Patches": ",".join(map(str, hidden.mask.masked))}
-        headers |= {f"X-Mask-{name.removeprefix('mask_').title()}": str(value) for name, value in drawn_by.items()}
-    if form == PNG:
-        return Response(picture, media_type=PNG, headers=headers)
-    if form == NPY:
-        return npy_response(arrays["reconstruction"], headers)
-    if form == SAFETENSORS:
-        return safetensors_response(arrays, about, headers)
-    content: dict[str, Any] = {**about, "grid": list(service.bundle.info.model.grid)}
-    if hidden:
-        content |= {"mask_ratio": hidden.ratio, "seed": hidden.seed}
-    return json_response(content | {"shape": list(arrays["reconstruction"].shape)} | arrays, headers)
+            patch_size = service.bundle.info.model.patch_size
+            data = masks.png(masks.draw(query.view, image, reconstruction, masked, patch_size))
+        else:
+            data = written(form, arrays, about, described)
+    return service.response(request, data, form, stages, headers)
 
 
 def _valid(field: str, make: Callable[[], Mask]) -> Mask:

@@ -6,14 +6,14 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
 import numpy as np
-from fastapi import Request
+from fastapi import Request, Response
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
@@ -195,14 +195,19 @@ class Service:
         stages.add("inference", max(times.inference for _, times in outcomes))
         return [result for result, _ in outcomes]
 
-    def headers(self, stages: Stages) -> dict[str, str]:
+    def response(
+        self, request: Request, data: bytes, form: str, stages: Stages, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """A success, with what every success says in its headers, and `headers`."""
+        request.state.facts.update(stages.milliseconds())
         rows, columns = self.bundle.info.model.grid
-        return {
+        common = {
             "X-Patch-Grid": f"{rows}x{columns}",
             "X-Bundle-Sha256": self.bundle.sha256,
             "X-Precision": self.bundle.precision,
             "Server-Timing": stages.server_timing(),
         }
+        return Response(data, media_type=form, headers={**common, **(headers or {})})
 
     def about(self, request: Request) -> dict[str, str]:
         """What every answer but a picture says beside its arrays."""

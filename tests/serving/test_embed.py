@@ -210,6 +210,6 @@ def test_a_bad_part_of_a_form_is_named(http: httpx.Client, files: Any, status: i
 
 def test_a_form_without_its_end_is_refused(http: httpx.Client) -> None:
     head = {"Content-Type": "multipart/form-data; boundary=x"}
-    refused(http.post("/embed", content=b"--x\r\nContent-Dispo", headers=head), 422, "bad_field")
+    refused(http.post("/embed", content=b"--x\r\nContent-Dispo", headers=head), 400, "bad_body")
     refused(http.post("/embed", content=b"nothing of a form", headers=head), 400, "bad_body")
     refused(http.post("/embed", content=b"--x--", headers={"Content-Type": "multipart/form-data"}), 400, "bad_body")

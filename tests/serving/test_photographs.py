@@ -50,7 +50,7 @@ def trained(weights: Path) -> Model:
 @pytest.fixture(scope="module")
 def http(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("served")
-    export(Workspace(folder, ROOT / "params.yaml"), weights, folder / "bundle", {})
+    export(Workspace(folder, ROOT / "params.yaml"), weights, folder / "bundle", {}, ())
     with running(folder / "bundle", folder / "log", {}) as server, httpx.Client(base_url=server.url) as client:
         yield client
 
