@@ -26,7 +26,6 @@ from tests.serving.tiny_bundle import (
 )
 
 CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM = Path("/usr/bin/chromium")
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}; apt-get install chromium")
 MAX_BODY_BYTES = 100_000
 PATCH = 8
