@@ -93,8 +93,9 @@ def good_call(rng: Generator) -> Call:
     return draw_embedding(rng) if rng.random() < 0.6 else draw_reconstruction(rng)
 
 
-def draw_embedding(rng: Generator, max_images: int = 4) -> Call:
-    images = draw_pixels(rng, int(rng.integers(1, max_images + 1)))
+def draw_embedding(rng: Generator, num_images: int | None = None) -> Call:
+    """For so many images, by default one to four."""
+    images = draw_pixels(rng, num_images or int(rng.integers(1, 5)))
     accept = str(rng.choice(_FORMS))
     names = [str(name) for name in rng.permutation(list(NAMES))[: 1 if "npy" in accept else rng.integers(1, 5)]]
     body, headers = wrapped(rng, [encoded(pixels, str(rng.choice(_LOSSLESS))) for pixels in images])
