@@ -228,10 +228,10 @@ def refused(response: httpx.Response, *statuses: int) -> str:
 
 
 def spoken(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """What the server answers to these bytes until it closes, or for 3 seconds."""
+    """What the server answers to these bytes until it closes, or says nothing for 2 seconds."""
     host, port = url.removeprefix("http://").split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=3) as connection:
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)
