@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test lint serve bench bench-serving lock clean
+.PHONY: help env repro test soak lint serve bench bench-serving lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,9 @@ repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
 
 test: $(STAMP)  ## run the tests
 	pytest
+
+soak: $(STAMP)  ## run the hard tests of the server in full (about 10 minutes; `make test` has a sample of each)
+	CAE_SOAK=1 pytest tests/serving/soak -v -o log_cli=true -o log_cli_level=INFO
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	ruff check .

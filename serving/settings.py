@@ -63,7 +63,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_MAX_PIXELS, description="most pixels of an image, width x height"
     )
-    body_timeout_s: float = Field(30, gt=0, description="longest time for a body to arrive")
+    body_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="longest time for a head or a body to arrive, and for a caller to take no more of its answer",
+    )
     request_timeout_s: float = Field(60, gt=0, description="longest time in the queue; what is older is dropped")
     grace_s: float = Field(25, gt=0, description="time to finish what was admitted after SIGTERM")
     heartbeat_timeout_s: float = Field(

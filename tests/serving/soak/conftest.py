@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from running_server import Server, running
 from traffic import draw_embedding, draw_pixels, encoded, gauges
+
+# A line for each of thousands of requests would bury the figures.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 BODY_TIMEOUT_S = 1.5
 

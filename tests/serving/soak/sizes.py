@@ -31,7 +31,7 @@ SIZES = (
         rounds_of_64=1,
         overload_s=4,
         overload_limit=32,
-        openapi_cases=10,
+        openapi_cases=6,
         damaged_cases=150,
         chaos_requests=300,
     )

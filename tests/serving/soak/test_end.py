@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from running_server import ROOT, Server, running
+from sizes import FULL
 from tiny_bundle import write_tiny_bundle
 from traffic import Call, connect, draw_embedding, draw_pixels, encoded, gauges, spoken
 
@@ -74,7 +75,7 @@ def keep_asking(server: Server, seed: int, told: threading.Event) -> list[int]:
                 time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT] if FULL else [signal.SIGTERM])
 def test_told_to_end_under_load_it_answers_what_it_admitted(
     slow_bundle: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

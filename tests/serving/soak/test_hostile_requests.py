@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from running_server import Server
-from traffic import encoded, form_body, gauges, peak_mib, refused
+from traffic import encoded, form_body, gauges, peak_mib, refused, spoken
 
 JSON = {"Content-Type": "application/json"}
 UPGRADE = (
@@ -226,7 +226,8 @@ def test_a_request_id_cannot_carry_anything_along(http: httpx.Client, given: byt
 
 def test_a_line_break_in_a_request_id_is_no_header(server: Server) -> None:
     answer = spoken(
-        server, b"GET /health/live HTTP/1.1\r\nHost: t\r\nConnection: close\r\nX-Request-Id: a\n b\r\nX-Evil: 1\r\n\r\n"
+        server.url,
+        b"GET /health/live HTTP/1.1\r\nHost: t\r\nConnection: close\r\nX-Request-Id: a\n b\r\nX-Evil: 1\r\n\r\n",
     )
     assert b"evil" not in answer.lower()
 

@@ -93,8 +93,9 @@ def good_call(rng: Generator) -> Call:
     return draw_embedding(rng) if rng.random() < 0.6 else draw_reconstruction(rng)
 
 
-def draw_embedding(rng: Generator, max_images: int = 4) -> Call:
-    images = draw_pixels(rng, int(rng.integers(1, max_images + 1)))
+def draw_embedding(rng: Generator, num_images: int | None = None) -> Call:
+    """For so many images, by default one to four."""
+    images = draw_pixels(rng, num_images or int(rng.integers(1, 5)))
     accept = str(rng.choice(_FORMS))
     names = [str(name) for name in rng.permutation(list(NAMES))[: 1 if "npy" in accept else rng.integers(1, 5)]]
     body, headers = wrapped(rng, [encoded(pixels, str(rng.choice(_LOSSLESS))) for pixels in images])
@@ -227,10 +228,10 @@ def refused(response: httpx.Response, *statuses: int) -> str:
 
 
 def spoken(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """What the server answers to these bytes until it closes, or for 3 seconds."""
+    """What the server answers to these bytes until it closes, or says nothing for 2 seconds."""
     host, port = url.removeprefix("http://").split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=3) as connection:
+    with socket.create_connection((host, int(port)), timeout=2) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)
