@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 _IDLE_BEAT_S = 0.5
-# For the batches that run when the server ends. A thread that hangs does not keep it from ending.
+# For the batch that runs when the server ends. A thread that hangs does not keep it from ending.
 _JOIN_S = 2.0
+_COMPANY_S = 0.025
 
 _Payload = TypeVar("_Payload")
 _Result = TypeVar("_Result")
@@ -66,13 +67,15 @@ class Lane(Generic[_Payload, _Result]):
         name: str,
         run: Callable[[Sequence[_Payload]], Sequence[_Result]],
         on_batch: Callable[[int, float], None],
-        sizes: Sequence[int] = (1,),
+        sizes: Sequence[int],
     ) -> None:
         self.name = name
         self.sizes = tuple(sizes)
         self.run = run
         self.on_batch = on_batch
         self.items: deque[_Item[_Payload, _Result]] = deque()
+        # Items that are being made ready and will be submitted soon. Kept by whoever submits them.
+        self.expected = 0
 
     def take(self) -> tuple[list[_Item[_Payload, _Result]], list[_Item[_Payload, _Result]]]:
         """The next batch, and the items that are too late; both leave the queue, as do those nobody waits for."""
@@ -170,18 +173,23 @@ class Batcher:
         """The lane whose turn it is, once it has a batch to run; None to stop."""
         while not self._stopping:
             self._beat = time.monotonic()
-            lane = next((lane for lane in self._lanes if lane.items), None)
-            if lane is None:
-                self._condition.wait(_IDLE_BEAT_S)
+            patience = [(self._patience_s(lane), lane) for lane in self._lanes if lane.items]
+            due = next((lane for seconds, lane in patience if seconds <= 0), None)
+            if due is None:
+                self._condition.wait(min((seconds for seconds, _ in patience), default=_IDLE_BEAT_S))
                 continue
-            patience = self._delay_s - (self._beat - lane.items[0].queued_at)
-            if patience > 0 and len(lane.items) < lane.sizes[-1]:
-                self._condition.wait(min(patience, _IDLE_BEAT_S))
-                continue
-            self._lanes.remove(lane)
-            self._lanes.append(lane)
-            return lane
+            self._lanes.remove(due)
+            self._lanes.append(due)
+            return due
         return None
+
+    def _patience_s(self, lane: Lane[Any, Any]) -> float:
+        """How much longer the oldest item of a lane waits for others to share its batch."""
+        if len(lane.items) >= lane.sizes[-1]:
+            return 0.0
+        # Whoever makes items ready keeps the processor busy, so that to wait a little for them wastes nothing.
+        limit = max(self._delay_s, _COMPANY_S) if lane.expected > 0 else self._delay_s
+        return min(limit - (self._beat - lane.items[0].queued_at), _IDLE_BEAT_S)
 
     def _run(self, lane: Lane[Any, Any], batch: Sequence[_Item[Any, Any]]) -> None:
         started = time.monotonic()

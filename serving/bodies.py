@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import anyio
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, WithJsonSchema
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -55,7 +55,7 @@ class ReconstructBody(EmbedBody):
 
     images: list[Base64] = Field(min_length=1, max_length=1, description="one image file as base64")
     mask: Base64 | None = Field(None, description="an image file as base64: white hides, black shows")
-    masked: list[int] | None = Field(None, description="indices of the patches to hide, row by row")
+    masked: list[StrictInt] | None = Field(None, description="indices of the patches to hide, row by row")
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ async def read_body(
         body = await in_thread(_from_json, data, model)
     else:
         body = Body((data,))
-    if len(body.images) > settings.max_images:
+    if len(body.images) > settings.images_per_request:
         raise ApiError(
             422,
             "too_many_images",
-            f"{len(body.images)} images; at most {settings.max_images} are answered in one call",
+            f"{len(body.images)} images; at most {settings.images_per_request} are answered in one call",
             "send them in several calls",
         )
     for index, image in enumerate(body.images):
@@ -134,8 +134,8 @@ async def _read(request: Request, ticket: Ticket, settings: Settings) -> bytes:
             async for chunk in request.stream():
                 chunks.append(chunk)
                 size += len(chunk)
-                if size > settings.max_body_bytes:
-                    raise _too_large(settings.max_body_bytes)
+                if size > settings.bytes_per_request:
+                    raise _too_large(settings.bytes_per_request)
                 # What was declared is charged already.
                 if size > ticket.bytes:
                     ticket.add(num_bytes=size - ticket.bytes)

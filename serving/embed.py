@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serving import openapi
+from serving.admission import Ticket
 from serving.answers import JSON, NPY, SAFETENSORS, negotiate, written
-from serving.bodies import EmbedBody, read_body
+from serving.bodies import Body, EmbedBody, read_body
 from serving.bundle_info import Output
 from serving.observe import Stages
 from serving.service import EmbedItem, Features, Service, unless_gone
@@ -23,6 +25,7 @@ OUTPUTS: dict[str, Output] = {
     "patches": "patches",
     "attention": "class_attention",
 }
+_LARGE_BYTES = 2**20
 
 
 class EmbedQuery(BaseModel):
@@ -72,36 +75,33 @@ def router(service: Service) -> APIRouter:
         outputs = tuple(OUTPUTS[name] for name in query.names())
         service.bundle.check_outputs(outputs)
         stages = Stages(service.metrics, service.embedding.name)
-        async with service.admitted(service.embedding, request) as ticket:
-            with stages.timed("read"):
-                body = await read_body(request, ticket, service.settings, EmbedBody, service.in_thread)
-            return await unless_gone(request, _answer(service, request, query, list(body.images), form, stages))
+        ticket = service.admit(service.embedding, request)
+        with stages.timed("read"):
+            body = await read_body(request, ticket, service.settings, EmbedBody, service.in_thread)
+        return await unless_gone(request, _answer(service, request, ticket, query, body, form, stages))
 
     return routes
 
 
 async def _answer(
-    service: Service, request: Request, query: EmbedQuery, files: list[bytes], form: str, stages: Stages
+    service: Service, request: Request, ticket: Ticket, query: EmbedQuery, body: Body, form: str, stages: Stages
 ) -> Response:
     with stages.timed("decode"):
-        images = await service.decode(files)
+        images = await service.decode(service.embedding, body.images)
     outputs = tuple(OUTPUTS[name] for name in query.names())
     results = await service.run(service.embedding, [EmbedItem(image, outputs) for image in images], stages)
-    if form == JSON:
-        # Writing many numbers as text takes long enough to hold up others.
-        return await service.in_thread(_write, service, request, query, results, form, stages)
-    return _write(service, request, query, results, form, stages)
-
-
-def _write(
-    service: Service, request: Request, query: EmbedQuery, results: list[Features], form: str, stages: Stages
-) -> Response:
+    num_bytes = sum(array.nbytes for result in results for array in result.values())
+    write = functools.partial(_write, service, request, query, results, form)
     with stages.timed("encode"):
-        arrays = {name: _formed(name, [result[OUTPUTS[name]] for result in results], query) for name in query.names()}
-        shapes = {name: list(array.shape) for name, array in arrays.items()}
-        described = {"grid": service.bundle.info.model.grid, "shapes": shapes}
-        data = written(form, arrays, service.about(request), described)
-    return service.response(request, data, form, stages)
+        # What is long would hold up others.
+        data = await service.in_thread(write) if form == JSON or num_bytes > _LARGE_BYTES else write()
+    return service.response(request, ticket, data, form, stages)
+
+
+def _write(service: Service, request: Request, query: EmbedQuery, results: list[Features], form: str) -> bytes:
+    arrays = {name: _formed(name, [result[OUTPUTS[name]] for result in results], query) for name in query.names()}
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    return written(form, arrays, service.about(request), {"grid": service.bundle.info.model.grid, "shapes": shapes})
 
 
 def _formed(name: str, rows: list[NDArray[np.float32]], query: EmbedQuery) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import reprlib
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from serving.admission import QueueFullError
 from serving.batcher import ExpiredError, StoppedError
 from serving.bundle import CapabilityError
 from serving.preprocess import MIN_SIDE_PX, ImageError, Reason
 
 REQUEST_ID = "X-Request-Id"
+_log = logging.getLogger(__name__)
 
 # What callers send stands in the messages, and may be of any length.
 _MAX_MESSAGE = 1000
@@ -75,6 +78,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(CapabilityError, _no_capability)
     app.add_exception_handler(RequestValidationError, _bad_field)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(QueueFullError, _queue_full)
     app.add_exception_handler(ExpiredError, _expired)
     app.add_exception_handler(StoppedError, _stopped)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -94,6 +98,11 @@ def _answer(request: Request, status: int, detail: ErrorDetail, headers: Mapping
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _answer(request, error.status, error.detail, error.headers)
+
+
+def _queue_full(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QueueFullError)
+    return _refused(request, retry_later(429, "queue_full", str(error), error.retry_after_s))
 
 
 def _expired(request: Request, error: Exception) -> Response:
@@ -150,6 +159,7 @@ def _gone(request: Request, error: Exception) -> Response:
 
 
 def _internal(request: Request, error: Exception) -> Response:
+    _log.error("a request failed", exc_info=error, extra={"request_id": request.state.request_id})
     detail = ErrorDetail(
         code="internal",
         message="the server failed on this request",

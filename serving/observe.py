@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +19,8 @@ from serving.metrics import Metrics
 _CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # What nobody waits for any more; the number is that of nginx, and only the log and the metrics see it.
 _CLIENT_GONE = 499
+# What is smaller fits into buffers.
+_LARGE_BYTES = 2**16
 
 _log = logging.getLogger("serving.requests")
 
@@ -27,6 +29,7 @@ class Observe:
     """Each request gets an id (the caller's X-Request-Id, or a new one), a line in the log, and is counted.
 
     Endpoints and error handlers add to `request.state.facts`, which goes into the line; never what an image holds.
+    What is in `request.state.at_end` is called when the answer has been taken, or cannot be.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, quiet: Sequence[str]) -> None:
@@ -41,7 +44,8 @@ class Observe:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _CALLERS_ID.fullmatch(given) else uuid.uuid4().hex
         facts: dict[str, object] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
+        at_end: list[Callable[[], None]] = []
+        scope.setdefault("state", {}).update(request_id=request_id, facts=facts, at_end=at_end)
         status = 500
         started = time.perf_counter()
 
@@ -50,11 +54,17 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            elif len(message.get("body", b"")) > _LARGE_BYTES and not message.get("more_body"):
+                # The next message waits until the caller has taken most of this one, and so does what runs at the end.
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            for call in at_end:
+                call()
             if facts.pop("gone", False):
                 status = _CLIENT_GONE
             self._record(scope, status, time.perf_counter() - started, request_id, facts)

@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
@@ -14,6 +15,7 @@ from serving import preprocess
 from serving.answers import JSON, NPY, PNG, SAFETENSORS
 from serving.bodies import FORM, RAW_TYPES
 from serving.bundle import Bundle
+from serving.bundle_info import BundleError
 from serving.errors import ErrorBody
 
 _BODY = (
@@ -55,7 +57,7 @@ def embed(bundle: Bundle, body: type[BaseModel]) -> dict[str, Any]:
         "grid": list(bundle.info.model.grid),
         "precision": bundle.precision,
         "shapes": {"pooled": [1, bundle.info.model.width]},
-        "pooled": bundle.embed(pixels[None], ["pooled"])["pooled"].tolist(),
+        "pooled": _embedded(bundle, pixels).tolist(),
     }
     outputs = dict.fromkeys(("pooled", "class", "patches", "attention"), _NUMBERS)
     properties = {**_COMMON, "shapes": {"type": "object"}, **outputs}
@@ -96,6 +98,13 @@ def _documented(
             **{status: {"model": ErrorBody, "description": text} for status, text in _STATUSES.items()},
         },
     }
+
+
+def _embedded(bundle: Bundle, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    try:
+        return bundle.embed(pixels[None], ["pooled"])["pooled"]
+    except Exception as error:  # as in `Bundle.open`
+        raise BundleError(f"the encoder of the bundle cannot run: {error}") from error
 
 
 def _example_file(bundle: Bundle) -> bytes:

@@ -75,7 +75,7 @@ class Preprocessing(BaseModel):
     resample: Literal["bicubic"]
 
 
-def decode(data: bytes, *, max_pixels: int) -> Picture:
+def decode(data: bytes, *, max_pixels: int, min_side_px: int = MIN_SIDE_PX) -> Picture:
     """Decode one image file completely and turn it upright by its EXIF orientation.
 
     A file is an image of FORMATS, or a NumPy file (.npy) with one array, uint8 or uint16: [C, H, W], [H, W, C] or
@@ -85,9 +85,9 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
     Errors: ImageError with its four reasons.
     """
     if data.startswith(_NPY_MAGIC):
-        return _decode_npy(data, max_pixels)
+        return _decode_npy(data, max_pixels, min_side_px)
     image = _open(data, max_pixels)
-    _check_size(*image.size, max_pixels)
+    _check_size(*image.size, max_pixels, min_side_px)
     _check_labour(image, data, max_pixels)
     try:
         image.load()
@@ -96,6 +96,15 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
             "truncated", f"the {image.format} file is cut off or damaged ({error}); send the whole file"
         ) from error
     return upright(image)
+
+
+def header_pixels(data: bytes, *, max_pixels: int) -> int:
+    """Width x height by the header alone; of a NumPy file a third of its numbers. Errors: as `decode`."""
+    if data.startswith(_NPY_MAGIC):
+        layout = _read_layout(data)
+        return -(-layout.width * layout.height * layout.channels // 3)
+    width, height = _open(data, max_pixels).size
+    return width * height
 
 
 def header_channels(data: bytes) -> int:
@@ -122,13 +131,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("truncated", f"the file's header is damaged ({error}); send the whole file") from error
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int, min_side_px: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             "too_large", f"{width} x {height} pixels; at most {max_pixels} in all are read, send a smaller picture"
         )
-    if min(width, height) < MIN_SIDE_PX:
-        raise ImageError("too_small", f"{width} x {height} pixels; each side must have at least {MIN_SIDE_PX}")
+    if min(width, height) < min_side_px:
+        raise ImageError("too_small", f"{width} x {height} pixels; each side must have at least {min_side_px}")
 
 
 def _check_labour(image: Image.Image, data: bytes, max_pixels: int) -> None:
@@ -200,9 +209,9 @@ def _read_layout(data: bytes) -> _Layout:
     return _Layout(channels, height, width, axis, stream.tell() + dtype.itemsize * channels * height * width)
 
 
-def _decode_npy(data: bytes, max_pixels: int) -> Picture:
+def _decode_npy(data: bytes, max_pixels: int, min_side_px: int) -> Picture:
     layout = _read_layout(data)
-    _check_size(layout.width, layout.height, max_pixels)
+    _check_size(layout.width, layout.height, max_pixels, min_side_px)
     if len(data) < layout.num_bytes:
         raise ImageError(
             "truncated",

@@ -46,6 +46,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._answer_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -59,7 +60,7 @@ class Protocol(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         self.pipeline.clear()
-        for timer in (self._head_timer, self._answer_timer):
+        for timer in (self._head_timer, self._answer_timer, self._rest_timer):
             if timer:
                 timer.cancel()
 
@@ -83,6 +84,17 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body and not self.transport.is_closing():
+            # Answered before its body was read. The rest is read and forgotten, but not for ever.
+            self._rest_timer = self.loop.call_later(self.patience_s, self.transport.abort)
+
+    def on_message_complete(self) -> None:
+        if self._rest_timer:
+            self._rest_timer.cancel()
+        super().on_message_complete()
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = max(0, self._head_bytes - _HEAD_PER_BODY * len(body))

@@ -10,10 +10,10 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serving import masks, openapi, preprocess
+from serving.admission import Ticket
 from serving.answers import JSON, NPY, PNG, SAFETENSORS, negotiate, written
 from serving.bodies import Body, ReconstructBody, read_body
 from serving.masks import Mask
@@ -90,25 +90,31 @@ def router(service: Service) -> APIRouter:
         form = negotiate(request.headers.get("accept"), offered, f"leave Accept out to get {PNG}")
         service.bundle.check_capability("skip_reconstruct" if query.skip_regressor else "reconstruct")
         stages = Stages(service.metrics, service.reconstruction.name)
-        async with service.admitted(service.reconstruction, request) as ticket:
-            with stages.timed("read"):
-                body = await read_body(request, ticket, service.settings, ReconstructBody, service.in_thread)
-            if len(body.images) > 1:
-                raise _bad("images", f"{len(body.images)} images; expected one")
-            return await unless_gone(request, _answer(service, request, query, body, form, stages))
+        ticket = service.admit(service.reconstruction, request)
+        with stages.timed("read"):
+            body = await read_body(request, ticket, service.settings, ReconstructBody, service.in_thread)
+        return await unless_gone(request, _answer(service, request, ticket, query, body, form, stages))
 
     return routes
 
 
 async def _answer(
-    service: Service, request: Request, query: ReconstructQuery, body: Body, form: str, stages: Stages
+    service: Service,
+    request: Request,
+    ticket: Ticket,
+    query: ReconstructQuery,
+    body: Body,
+    form: str,
+    stages: Stages,
 ) -> Response:
     hidden = await service.in_thread(_hidden, service, query, body)
     with stages.timed("decode"):
-        (image,) = await service.decode(body.images)
+        (image,) = await service.decode(service.reconstruction, body.images)
     item = ReconstructItem(image, hidden.mask if hidden else None)
     (reconstruction,) = await service.run(service.reconstruction, [item], stages)
-    return await service.in_thread(_write, service, request, query, image, hidden, reconstruction, form, stages)
+    with stages.timed("encode"):
+        data = await service.in_thread(_write, service, request, query, image, hidden, reconstruction, form)
+    return service.response(request, ticket, data, form, stages, _echo(hidden))
 
 
 def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | None:
@@ -124,19 +130,11 @@ def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | N
     if named is not None:
         return Hidden(_valid("masked", lambda: masks.given_mask(grid[0] * grid[1], named)), "given")
     if body.mask is not None:
-        picture = _painting(body.mask, service.settings.max_pixels)
-        return Hidden(_valid("mask", lambda: masks.painted_mask(picture, grid)), "image")
+        painting = body.mask
+        return Hidden(_valid("mask", lambda: service.read_mask(painting)), "image")
     kind, seed = query.mask_kind or "random", query.seed or 0
     ratio, mask = service.bundle.draw_mask(kind, query.mask_ratio, seed)
     return Hidden(mask, kind, ratio, seed)
-
-
-def _painting(file: bytes, max_pixels: int) -> Image.Image:
-    """The mask image in grey. Errors: ImageError."""
-    try:
-        return preprocess.to_mode(preprocess.decode(file, max_pixels=max_pixels), 1)
-    except preprocess.ImageError as error:
-        raise preprocess.ImageError(error.reason, f"mask: {error}") from None
 
 
 def _write(
@@ -147,32 +145,38 @@ def _write(
     hidden: Hidden | None,
     reconstruction: NDArray[np.float32],
     form: str,
-    stages: Stages,
-) -> Response:
-    headers: dict[str, str] = {}
-    arrays: dict[str, NDArray[Any]] = {"reconstruction": reconstruction[None]}
+) -> bytes:
+    model = service.bundle.info.model
+    if form == PNG:
+        masked = hidden.mask.masked if hidden else None
+        return masks.png(masks.draw(query.view, image, reconstruction, masked, model.patch_size))
     about = service.about(request)
-    described: dict[str, Any] = {"grid": service.bundle.info.model.grid, "shape": [1, *image.shape]}
+    arrays: dict[str, NDArray[Any]] = {"reconstruction": reconstruction[None]}
+    described: dict[str, Any] = {"grid": model.grid, "shape": [1, *image.shape]}
     if hidden:
-        drawn_by = {"ratio": hidden.ratio, "seed": hidden.seed} if hidden.ratio else {}
-        headers = {"X-Mask-Kind": hidden.kind, "X-Masked-Patches": ",".join(map(str, hidden.mask.masked))}
-        headers |= {f"X-Mask-{name.title()}": str(value) for name, value in drawn_by.items()}
         arrays |= hidden.mask._asdict()
         about |= {"mask_kind": hidden.kind}
         described |= {"mask_ratio": hidden.ratio, "seed": hidden.seed}
-    with stages.timed("encode"):
-        if form == PNG:
-            masked = hidden.mask.masked if hidden else None
-            patch_size = service.bundle.info.model.patch_size
-            data = masks.png(masks.draw(query.view, image, reconstruction, masked, patch_size))
-        else:
-            data = written(form, arrays, about, described)
-    return service.response(request, data, form, stages, headers)
+        if hidden.ratio is not None:
+            about |= {"mask_ratio": str(hidden.ratio), "seed": str(hidden.seed)}
+    return written(form, arrays, about, described)
+
+
+def _echo(hidden: Hidden | None) -> dict[str, str]:
+    """The headers that say what was hidden."""
+    if hidden is None:
+        return {}
+    headers = {"X-Mask-Kind": hidden.kind, "X-Masked-Patches": ",".join(map(str, hidden.mask.masked))}
+    if hidden.ratio is not None:
+        headers |= {"X-Mask-Ratio": str(hidden.ratio), "X-Mask-Seed": str(hidden.seed)}
+    return headers
 
 
 def _valid(field: str, make: Callable[[], Mask]) -> Mask:
     try:
         return make()
+    except preprocess.ImageError as error:
+        raise preprocess.ImageError(error.reason, f"{field}: {error}") from None
     except ValueError as error:
         raise _bad(field, str(error)) from None
 

@@ -15,8 +15,10 @@ from serving.service import Service
 
 # Time for whoever watches to see that the process is not live, before it ends.
 _LAST_WORDS_S = 2.0
-# Of the grace, for answers to be taken and connections to be closed.
-_CLOSING_S = 1.0
+# The last of the grace: for answers to be taken and connections to be closed, and for the batch at work to end.
+_CLOSING_S, _JOINING_S = 1.0, 2.0
+# uvicorn asks ten times a second.
+_LATE_TICK_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,8 @@ class Server(uvicorn.Server):
         # Not of the event loop's own pool, for whose threads it waits when it ends.
         self._warming = threading.Thread(target=self._warm, name="warm", daemon=True)
         self._deadline = float("inf")
+        self._last_tick = time.monotonic()
+        self._trusted_until = 0.0
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -51,18 +55,29 @@ class Server(uvicorn.Server):
         """What uvicorn asks ten times a second: whether it is time to end."""
         if self._warming.ident is None:
             self._warming.start()
-        service = self._service
-        if not service.live and not self.failed:
+        service, now = self._service, time.monotonic()
+        if now - self._last_tick > _LATE_TICK_S:
+            # The whole process was paused. Its batch thread may need a moment, too, to show that it lives.
+            self._trusted_until = now + _LATE_TICK_S
+        self._last_tick = now
+        if not service.live and not self.failed and now > self._trusted_until:
             self.failed = True
             service.draining = True
             service.give_up()
-            self._deadline = time.monotonic() + _LAST_WORDS_S
+            self._deadline = now + _LAST_WORDS_S
             _log.critical("the batch thread has ended or hangs; the server ends")
-        if service.draining and (time.monotonic() > self._deadline or (service.idle and not self.failed)):
-            self.should_exit = True
-            # Those who still send or read have what is left of the grace, not the whole once more.
-            self.config.timeout_graceful_shutdown = max(1, int(self._deadline + _CLOSING_S - time.monotonic()))
+        if service.draining and not self.should_exit:
+            if now > self._deadline:
+                service.give_up()
+                self._end(_CLOSING_S)
+            elif service.idle and not self.failed:
+                # Those who still send or read have what is left of the grace.
+                self._end(self._deadline - now)
         return await super().on_tick(counter)
+
+    def _end(self, seconds: float) -> None:
+        self.should_exit = True
+        self.config.timeout_graceful_shutdown = max(1, int(seconds))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On the first SIGTERM or Ctrl-C finish what was admitted and end; on the next end at once."""
@@ -71,7 +86,7 @@ class Server(uvicorn.Server):
             return
         self._service.draining = True
         grace_s = self._service.settings.grace_s
-        self._deadline = time.monotonic() + max(grace_s - _CLOSING_S, grace_s / 2)
+        self._deadline = time.monotonic() + max(grace_s - _CLOSING_S - _JOINING_S, grace_s / 2)
 
     @property
     def left_behind(self) -> bool:

@@ -7,7 +7,8 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
@@ -18,15 +19,16 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from serving import preprocess
-from serving.admission import Admission, QueueFullError, Ticket
+from serving.admission import Admission, Ticket
 from serving.batcher import Batcher, Lane, Times
 from serving.bodies import declared_bytes
 from serving.bundle import Bundle
 from serving.bundle_info import Output
 from serving.errors import retry_later
-from serving.masks import Mask
+from serving.masks import Mask, painted_mask
 from serving.metrics import Metrics
 from serving.observe import Stages
+from serving.pixel_budget import PixelBudget
 from serving.settings import Settings
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +70,7 @@ class Call:
         batch_sizes: Sequence[int],
     ) -> None:
         self.name = name
-        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes)
+        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes, self._retry_after_s)
         self.lane: Lane[Any, Any] = Lane(name, run, self._ran, batch_sizes)
         self._metrics = metrics
         # Seconds for each image of late, for Retry-After; nothing is known before the first batch.
@@ -77,7 +79,7 @@ class Call:
             name, lambda: self.admission.images, lambda: self.admission.bytes, lambda: len(self.lane.items)
         )
 
-    def retry_after_s(self) -> float:
+    def _retry_after_s(self) -> float:
         """How long it should take until what is admitted now has been answered."""
         return min(self._image_s * self.admission.images, _LONGEST_RETRY_S)
 
@@ -100,11 +102,14 @@ class Service:
         self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes)
         self.warmed = False
         self.draining = False
+        # In memory and as they were verified, whatever becomes of the folder.
+        self.examples = {name: (settings.bundle / name).read_bytes() for name in bundle.info.examples}
         delay_ms = settings.batch_delay_ms
         if delay_ms is None:
             delay_ms = _CUDA_DELAY_MS if bundle.on_cuda else 0.0
         self._batcher = Batcher([self.embedding.lane, self.reconstruction.lane], delay_ms / 1000)
         # More at once would not be faster, only hold more decoded pictures in memory.
+        self._decoding = PixelBudget(settings.max_pixels)
         self._room = anyio.CapacityLimiter(bundle.num_threads)
         self.metrics.watch_state(lambda: self.live, lambda: self.ready)
         self.metrics.runs_on(settings.device, bundle.provider, bundle.precision)
@@ -162,27 +167,39 @@ class Service:
         if not self.ready:
             raise retry_later(503, "not_ready", "the server is warming up" if self.live else "the server has failed")
 
-    @asynccontextmanager
-    async def admitted(self, call: Call, request: Request) -> AsyncIterator[Ticket]:
-        """Room for the request while the context lasts. Errors: ApiError 503, 413, 429."""
+    def admit(self, call: Call, request: Request) -> Ticket:
+        """Room for the request until it is answered. Errors: ApiError 503, 413; QueueFullError."""
         self.check_ready()
-        num_bytes = declared_bytes(request, self.settings.max_body_bytes)
-        try:
-            with call.admission.admit(num_bytes) as ticket:
-                yield ticket
-                request.state.facts.update(images=ticket.images, bytes=ticket.bytes)
-        except QueueFullError as error:
-            raise retry_later(429, "queue_full", str(error), call.retry_after_s()) from None
+        ticket = call.admission.admit(declared_bytes(request, self.settings.bytes_per_request))
+
+        def end() -> None:
+            request.state.facts.update(images=ticket.images, bytes=ticket.bytes)
+            ticket.give_back()
+
+        request.state.at_end.append(end)
+        return ticket
 
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """The result of `work` from a worker thread, so that the event loop stays free."""
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._room)
 
-    async def decode(self, files: Sequence[bytes]) -> list[Pixels]:
+    async def decode(self, call: Call, files: Sequence[bytes]) -> list[Pixels]:
         """Each image file as uint8 [C, H, W], completely decoded. Errors: ImageError, which says which of several."""
-        if len(files) == 1:
-            return [await self.in_thread(self._prepared, files[0])]
-        return await _all([functools.partial(self.in_thread, self._prepared_of, *item) for item in enumerate(files)])
+        call.lane.expected += len(files)
+        try:
+            if len(files) == 1:
+                return [await self.in_thread(self._prepared, files[0])]
+            numbered = enumerate(files)
+            return await _all([functools.partial(self.in_thread, self._prepared_of, *item) for item in numbered])
+        finally:
+            call.lane.expected -= len(files)
+
+    def read_mask(self, data: bytes) -> Mask:
+        """The mask that a picture paints. Errors: ImageError; ValueError where it hides all or nothing."""
+        with self._room_for(data):
+            # One pixel for each patch is enough.
+            image = preprocess.decode(data, max_pixels=self.settings.max_pixels, min_side_px=1)
+            return painted_mask(preprocess.to_mode(image, 1), self.bundle.info.model.grid)
 
     async def run(self, call: Call, items: Sequence[Any], stages: Stages) -> list[Any]:
         """The results of the items, in their order. Errors: ExpiredError, StoppedError."""
@@ -196,10 +213,17 @@ class Service:
         return [result for result, _ in outcomes]
 
     def response(
-        self, request: Request, data: bytes, form: str, stages: Stages, headers: Mapping[str, str] | None = None
+        self,
+        request: Request,
+        ticket: Ticket,
+        data: bytes,
+        form: str,
+        stages: Stages,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Response:
         """A success, with what every success says in its headers, and `headers`."""
         request.state.facts.update(stages.milliseconds())
+        ticket.charge_answer(len(data))
         rows, columns = self.bundle.info.model.grid
         common = {
             "X-Patch-Grid": f"{rows}x{columns}",
@@ -207,7 +231,7 @@ class Service:
             "X-Precision": self.bundle.precision,
             "Server-Timing": stages.server_timing(),
         }
-        return Response(data, media_type=form, headers={**common, **(headers or {})})
+        return Response(data, media_type=form, headers={**common, **headers})
 
     def about(self, request: Request) -> dict[str, str]:
         """What every answer but a picture says beside its arrays."""
@@ -220,8 +244,12 @@ class Service:
         }
 
     def _prepared(self, data: bytes) -> Pixels:
-        image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
-        return preprocess.prepare(image, self.bundle.info.preprocessing)
+        with self._room_for(data):
+            image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
+            return preprocess.prepare(image, self.bundle.info.preprocessing)
+
+    def _room_for(self, data: bytes) -> AbstractContextManager[None]:
+        return self._decoding.room(preprocess.header_pixels(data, max_pixels=self.settings.max_pixels))
 
     def _prepared_of(self, index: int, data: bytes) -> Pixels:
         try:

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(60, gt=0, description="longest time in the queue; what is older is dropped")
     grace_s: float = Field(25, gt=0, description="time to finish what was admitted after SIGTERM")
     heartbeat_timeout_s: float = Field(
-        60, gt=0, description="silence of the batch thread after which the server is not live; longer than any batch"
+        60, ge=2, description="silence of the batch thread after which the server is not live; longer than any batch"
     )
     api_key: SecretStr | None = Field(
         None, min_length=8, description="key that callers must send; none by default: everybody may call"
@@ -81,6 +81,23 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity to log")
     log_format: Literal["json", "text"] = Field("json", description="of an entry: a JSON object or a line of text")
+
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().isascii():
+            raise ValueError("only ASCII characters can be sent in a header")
+        return value
+
+    @property
+    def images_per_request(self) -> int:
+        """More would never be admitted."""
+        return min(self.max_images, self.max_queued_images)
+
+    @property
+    def bytes_per_request(self) -> int:
+        """More would never be admitted."""
+        return min(self.max_body_bytes, self.max_queued_bytes)
 
     @classmethod
     def settings_customise_sources(

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 import PIL
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
 
 from serving import metrics, preprocess
+from serving.answers import PNG
 from serving.errors import ApiError, ErrorBody, retry_later
 from serving.service import Service
 
@@ -56,10 +56,10 @@ def router(service: Service) -> APIRouter:
                 "batch_sizes": list(service.batch_sizes),
             },
             "limits": {
-                "max_body_bytes": settings.max_body_bytes,
+                "max_body_bytes": settings.bytes_per_request,
                 "max_pixels": settings.max_pixels,
                 "min_side_px": preprocess.MIN_SIDE_PX,
-                "max_images": settings.max_images,
+                "max_images": settings.images_per_request,
                 "max_queued_images": settings.max_queued_images,
                 "max_queued_bytes": settings.max_queued_bytes,
             },
@@ -79,15 +79,15 @@ def router(service: Service) -> APIRouter:
 
     @routes.get(
         "/examples/{name}",
-        response_class=FileResponse,
+        response_class=Response,
         responses={200: {"content": {"image/png": {}}}, 404: {"model": ErrorBody}},
     )
-    async def example(name: str) -> FileResponse:
+    async def example(name: str) -> Response:
         """One of the example images that the bundle carries; GET /info lists them under bundle.examples."""
         # Only names that bundle.json lists: no path that a caller makes up reaches the disk.
-        if name not in service.bundle.info.examples:
+        if name not in service.examples:
             message = f"the bundle has no example {name[:64]!r}"
             raise ApiError(404, "not_found", message, "GET /info lists bundle.examples")
-        return FileResponse(service.settings.bundle / name, media_type="image/png")
+        return Response(service.examples[name], media_type=PNG)
 
     return routes

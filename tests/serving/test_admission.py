@@ -7,36 +7,50 @@ import pytest
 from serving.admission import Admission, QueueFullError
 
 
+def room_for(max_images: int, max_bytes: int) -> Admission:
+    return Admission(max_images, max_bytes, lambda: 7.0)
+
+
 def test_what_was_taken_comes_back_when_the_request_ends() -> None:
-    room = Admission(max_images=4, max_bytes=100)
-    with room.admit(60) as ticket:
-        ticket.add(images=2, num_bytes=10)
-        assert (room.images, room.bytes) == (3, 70)
-    assert (room.images, room.bytes) == (0, 0)
-    with pytest.raises(ZeroDivisionError), room.admit(10):
-        raise ZeroDivisionError
+    room = room_for(4, 100)
+    ticket = room.admit(60)
+    ticket.add(images=2, num_bytes=10)
+    assert (room.images, room.bytes) == (3, 70)
+    ticket.give_back()
     assert (room.images, room.bytes) == (0, 0)
 
 
 def test_both_limits_are_inclusive_and_a_refusal_takes_nothing() -> None:
-    room = Admission(max_images=2, max_bytes=100)
-    with room.admit(60), room.admit(40):
-        with pytest.raises(QueueFullError, match="2 images"), room.admit(0):
-            pass
-        assert (room.images, room.bytes) == (2, 100)
-    with room.admit(60):
-        with pytest.raises(QueueFullError, match="60 bytes"), room.admit(41):
-            pass
-        assert (room.images, room.bytes) == (1, 60)
+    room = room_for(2, 100)
+    first, second = room.admit(60), room.admit(40)
+    with pytest.raises(QueueFullError, match="2 images") as caught:
+        room.admit(0)
+    assert caught.value.retry_after_s == 7
+    assert (room.images, room.bytes) == (2, 100)
+    second.give_back()
+    with pytest.raises(QueueFullError, match="60 bytes"):
+        room.admit(41)
+    assert (room.images, room.bytes) == (1, 60)
+    first.give_back()
 
 
 def test_a_body_that_grows_beyond_the_room_is_refused() -> None:
-    room = Admission(max_images=3, max_bytes=100)
-    with room.admit(0) as ticket:
-        ticket.add(num_bytes=100)
+    room = room_for(3, 100)
+    ticket = room.admit(0)
+    ticket.add(num_bytes=100)
+    for more in ({"num_bytes": 1}, {"images": 3}):
         with pytest.raises(QueueFullError):
-            ticket.add(num_bytes=1)
-        with pytest.raises(QueueFullError):
-            ticket.add(images=3)
-        assert (room.images, room.bytes) == (1, 100)
+            ticket.add(**more)
+    assert (room.images, room.bytes) == (1, 100)
+    ticket.give_back()
+    assert (room.images, room.bytes) == (0, 0)
+
+
+def test_an_answer_counts_even_beyond_the_limit_until_it_is_taken() -> None:
+    room = room_for(3, 100)
+    ticket = room.admit(50)
+    ticket.charge_answer(500)
+    with pytest.raises(QueueFullError, match="550 bytes"):
+        room.admit(0)
+    ticket.give_back()
     assert (room.images, room.bytes) == (0, 0)
