@@ -77,6 +77,8 @@ def test_a_variant_gives_the_cosines_that_the_bundle_says(varied: Workspace, pre
         assert values.dtype == np.float32
         cosine = (plain[name] * values).sum(-1) / np.linalg.norm(plain[name], axis=-1) / np.linalg.norm(values, axis=-1)
         assert cosine.mean() == pytest.approx(variant.info.variants[precision].cosine[name].mean, abs=2e-4)
+        # Or the plain encoder would pass, too.
+        assert (values != plain[name]).any()
 
 
 def test_int8_has_a_scale_for_each_output_channel_of_every_constant_product(varied: Workspace) -> None:

@@ -189,6 +189,39 @@ def test_a_delay_waits_for_company_and_a_full_batch_does_not_wait() -> None:
     with_batcher([numbers], alone, delay_s=0.05)
 
 
+def test_a_batch_waits_a_moment_for_what_is_being_made_ready() -> None:
+    work = Work()
+    numbers = lane(work, 1, 2, 4)
+
+    async def test(batcher: Batcher) -> None:
+        numbers.expected = 1
+        first = submit(batcher, numbers, 1)
+        await until(lambda: len(numbers.items) == 1)
+        second = submit(batcher, numbers, 2)
+        numbers.expected = 0
+        await asyncio.gather(first, second)
+        assert work.batches == [[1, 2]]
+        # What never comes holds up nobody.
+        numbers.expected = 1
+        await submit(batcher, numbers, 3)
+
+    with_batcher([numbers], test)
+
+
+def test_a_lane_that_waits_does_not_hold_up_a_full_one() -> None:
+    work = Work()
+    waiting, full = lane(work, 1, 2, name="waiting"), lane(work, 1, name="full")
+
+    async def test(batcher: Batcher) -> None:
+        slow = submit(batcher, waiting, 1)
+        await until(lambda: len(waiting.items) == 1)
+        await submit(batcher, full, 2)
+        assert work.batches == [[2]]
+        slow.cancel()
+
+    with_batcher([waiting, full], test, delay_s=2 * WAIT_S)
+
+
 def test_when_the_thread_dies_everybody_is_told_and_it_shows() -> None:
     work = Work()
     numbers = lane(work, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,12 +191,20 @@ def test_a_painted_mask_hides_where_it_is_white(http: httpx.Client, png: bytes) 
     listed = {"images": [base64.b64encode(png).decode()], "mask": base64.b64encode(mask).decode()}
     body = http.post("/reconstruct", json=listed, headers=JSON).json()
     assert hidden(form) == body["masked"] == [3, 7]
-    assert (form.headers["x-mask-kind"], body["mask_kind"], body["seed"], body["mask_ratio"]) == (
-        "image",
-        "image",
-        None,
-        None,
-    )
+    assert form.headers["x-mask-kind"] == body["mask_kind"] == "image"
+    assert body["seed"] is body["mask_ratio"] is None
+
+
+def test_a_painted_mask_may_have_one_pixel_for_each_patch(http: httpx.Client, png: bytes) -> None:
+    paint = np.zeros((3, 4, 4), np.uint8)
+    paint[:, 1, 2] = 255
+    assert hidden(http.post("/reconstruct", files={"images": ("a", png), "mask": ("m", encoded(paint))})) == [6]
+
+
+def test_a_safetensors_answer_tells_how_its_mask_was_drawn(http: httpx.Client, png: bytes) -> None:
+    response = http.post("/reconstruct?mask_kind=block&seed=3", content=png, headers=SAFETENSORS)
+    head = json.loads(response.content[8 : 8 + int.from_bytes(response.content[:8], "little")])["__metadata__"]
+    assert (head["mask_kind"], head["mask_ratio"], head["seed"]) == ("block", str(DEFAULT_MASK_RATIO), "3")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,7 @@ def test_a_painted_mask_hides_where_it_is_white(http: httpx.Client, png: bytes) 
         ({"masked": [16]}, "", "masked: 16 is not a patch"),
         ({"masked": [-1]}, "", "masked: -1 is not a patch"),
         ({"masked": []}, "", "masked: 0 of 16"),
+        ({"masked": ["3", True]}, "", "masked.0"),
         ({"masked": [1], "mask": "white"}, "", "given twice"),
         ({"masked": [1]}, "masked=2", "given twice"),
         ({"masked": [1]}, "seed=2", "given twice"),

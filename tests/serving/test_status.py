@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def test_before_it_is_warmed_it_is_live_and_refuses(tiny_bundle: Path, png: byte
     anyio.run(ask)
 
 
-def test_a_failure_of_the_server_is_a_500_in_the_same_form(tiny_bundle: Path, png: bytes) -> None:
+def test_a_failure_of_the_server_is_a_500_in_the_same_form(
+    tiny_bundle: Path, png: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     bundle = Bundle.open(tiny_bundle, "cpu")
     service = Service(bundle, Settings(bundle=tiny_bundle))
     app = create_app(service)
@@ -64,10 +67,14 @@ def test_a_failure_of_the_server_is_a_500_in_the_same_form(tiny_bundle: Path, pn
         ):
             # As if the graph had broken after it was warmed.
             bundle._sessions.clear()
-            error = refused(await client.post("/embed", content=png), 500, "internal")
-            assert "KeyError" not in str(error)
+            failed = await client.post("/embed", content=png, headers={"X-Request-Id": "find-me"})
+            assert "KeyError" not in str(refused(failed, 500, "internal"))
 
-    anyio.run(ask)
+    with caplog.at_level(logging.ERROR):
+        anyio.run(ask)
+    (entry,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert entry.request_id == "find-me"  # type: ignore[attr-defined]
+    assert entry.exc_info
 
 
 def test_info_tells_what_runs_and_what_is_allowed(http: httpx.Client) -> None:
@@ -188,7 +195,8 @@ def test_a_key_guards_all_but_health_and_page(tiny_bundle: Path, tmp_path: Path,
             answer = http.post("/embed", content=png, headers=headers)
             refused(answer, 401, "unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
-        for headers in ({"X-Api-Key": key}, {"Authorization": f"Bearer {key}"}):
+        both = {"X-Api-Key": key, "Authorization": "Bearer of-a-proxy"}
+        for headers in ({"X-Api-Key": key}, {"Authorization": f"Bearer {key}"}, both):
             assert http.post("/embed", content=png, headers=headers).status_code == 200
         for path in ("/", "/health/live", "/health/ready", "/openapi.json"):
             assert http.get(path).status_code == 200
@@ -230,3 +238,5 @@ def test_only_examples_that_the_bundle_lists_are_given_out(tmp_path: Path, png: 
         assert (answer.content, answer.headers["content-type"]) == (png, "image/png")
         for name in ("bundle.json", "encoder.onnx", "..%2Fbundle.json", "example_1.png"):
             refused(http.get(f"/examples/{name}"), 404, "not_found")
+        (folder / "example_0.png").write_bytes(b"replaced")
+        assert http.get("/examples/example_0.png").content == png

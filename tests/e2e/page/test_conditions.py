@@ -303,4 +303,4 @@ def test_the_pages_files_may_load_nothing_from_elsewhere(server: Server) -> None
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
     assert httpx.get(server.url + "/page/no.js").json()["error"]["code"] == "not_found"
-    assert httpx.get(server.url + "/page/../app.py").status_code == 404
+    assert httpx.get(server.url + "/page/%2e%2e/app.py").status_code == 404

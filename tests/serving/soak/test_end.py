@@ -107,6 +107,40 @@ def test_bodies_that_never_come_do_not_outlast_the_grace(slow_bundle: Path, tmp_
             one.result()
 
 
+def test_what_the_grace_does_not_suffice_for_is_told_to_come_again(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "bundle", num_products=600)  # about 0.2 s for an image
+    call = draw_embedding(np.random.default_rng(0), num_images=1)
+    settings = {"GRACE_S": 4, "MAX_BATCH_SIZE": 1}
+    with ending(bundle, tmp_path, **settings) as server, ThreadPoolExecutor(64) as pool:
+        asked = [pool.submit(send, server, call) for _ in range(64)]
+        while gauges(server.url)['cae_admitted_images{call="embed"}'] < 60:
+            time.sleep(0.01)
+        server.process.terminate()
+        started = time.monotonic()
+        answers = [one.result() for one in asked]
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - started < 5
+    assert {answer.status_code for answer in answers} == {200, 503}
+    codes = [answer.json()["error"]["code"] for answer in answers if answer.status_code == 503]
+    # Draining: the few that had not come in before the signal.
+    assert set(codes) <= {"stopped", "draining"}
+    assert codes.count("stopped") > 20
+
+
+def test_a_pause_of_the_whole_process_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "bundle")
+    call = draw_embedding(np.random.default_rng(0))
+    with ending(bundle, tmp_path, HEARTBEAT_TIMEOUT_S=2) as server:
+        for _ in range(3):
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(2.5)
+            server.process.send_signal(signal.SIGCONT)
+            call.verify(send(server, call))
+        time.sleep(1.5)
+        assert server.process.poll() is None
+        assert ask_live(server).status_code == 200
+
+
 def test_told_to_end_while_it_warms_up_it_ends(tmp_path: Path) -> None:
     bundle = write_tiny_bundle(tmp_path / "bundle", num_products=1500)
     environment = os.environ | {"CAE_SERVING_GRACE_S": "4"}
