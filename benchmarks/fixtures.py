@@ -53,13 +53,13 @@ def _export_vit_small(root: Path, folder: Path) -> None:
         export(Workspace(root, root / "params.yaml"), Path(weights), folder, {}, ())
 
 
-def jpeg(num_bytes: int = JPEG_BYTES, seed: int = 0) -> bytes:
-    """A JPEG of 640 x 480 with about `num_bytes` bytes: the quality is the highest that does not exceed them."""
-    picture = Image.fromarray(picture_like_a_photograph(seed))
+def jpeg() -> bytes:
+    """A JPEG of 640 x 480 with about JPEG_BYTES: the quality is the highest that does not exceed them."""
+    picture = Image.fromarray(picture_like_a_photograph(seed=0))
     low, high = 1, 95
     while low < high:
         middle = (low + high + 1) // 2
-        if len(_encoded(picture, middle)) <= num_bytes:
+        if len(_encoded(picture, middle)) <= JPEG_BYTES:
             low = middle
         else:
             high = middle - 1

@@ -154,7 +154,7 @@ def _wait_for_health(process: subprocess.Popen[bytes], port: int, path: str, log
         finally:
             connection.close()
         time.sleep(0.1)
-    raise RuntimeError(f"{process.args} did not become healthy; its log {log}:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"{process.args!r} did not become healthy; its log {log}:\n{log.read_text()[-2000:]}")
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

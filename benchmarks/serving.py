@@ -30,7 +30,7 @@ NUM_CLIENTS = (1, 8, 32)
 NUM_CORES = 2
 NPY = "application/x-npy"
 
-# Acceptance 1 of issue 5.
+# What the project asks of itself.
 MIN_OF_RAW, MIN_OF_LITSERVE, MIN_INT8_OF_LITSERVE = 0.9, 1.0, 1.7
 MAX_LATENCY_FACTOR, LATENCY_ALLOWANCE_MS = 1.15, 4.0
 # Above this share of a CPU in other hands a round says little.
@@ -168,7 +168,7 @@ def _answered(server: processes.Server, num_clients: int, seconds: float) -> dic
     with processes.others_cpu() as others:
         figures = processes.load(server, num_clients, min(1.0, seconds), seconds)
     if figures["num_failed"]:
-        raise RuntimeError(f"{server.process.args} refused {figures['num_failed']:.0f} of its requests")
+        raise RuntimeError(f"{server.process.args!r} refused {figures['num_failed']:.0f} of its requests")
     return figures | others
 
 
