@@ -211,8 +211,7 @@ class Batcher:
 
     def _deliver(self, items: Sequence[_Item[Any, Any]], outcomes: Sequence[Any]) -> None:
         """Hand the outcomes, an exception being a failure, to those who wait in the event loop."""
-        assert self._loop is not None
-        if items and not self._loop.is_closed():
+        if items and self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_settle, items, outcomes)
 
     def _drop(self) -> None:

@@ -17,7 +17,7 @@ def hold(budget: PixelBudget, pixels: int) -> tuple[threading.Event, threading.E
             inside.set()
             leave.wait(WAIT_S)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return inside, leave, thread
 
