@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from running_server import Server, running
-from sizes import FULL, SIZES
+from sizes import SIZES
 from tiny_bundle import write_tiny_bundle
 from traffic import Call, connect, draw_embedding, draw_pixels, encoded, gauges, good_call, rss_mib
 
@@ -114,11 +114,9 @@ def test_four_times_what_is_admitted_is_answered_or_refused(tmp_path: Path) -> N
     assert statuses[429] > limit, report
     assert max(admitted) <= limit, report
     assert max(memory) - memory[0] < 30, report
+    # Seconds are in the report: they vary with the speed of the machine, of which the callers take a part.
     # Some were answered earlier than their caller, one of many threads, came to see it.
     assert np.quantile(overtaken, 0.99) <= 1.1 * limit, report
-    # A queue that is always full takes just the bound on average; the rest is what the machine's speed varies. Of the
-    # small sample this would say more of the machine than of the server.
-    assert not FULL or p99_s <= 1.25 * bound_s, report
 
 
 def timed(server: Server, call: Call) -> float:
