@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test soak lint serve bench bench-serving lock clean
+.PHONY: help env repro test soak lint serve bench bench-serving lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,12 +45,20 @@ bench: bench-serving  ## every benchmark
 bench-serving: $(STAMP)  ## our server, LitServe and the bare session in turn; ARGS="--rounds 2 --seconds 4"
 	python -m benchmarks.serving $(ARGS)
 
-lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it)
+# The locks of the images take their versions from requirements.lock; what that does not name is theirs alone.
+lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it); ARGS="--upgrade-package NAME" renews a version
 	$(BIN)/pip install --quiet uv
 	uv pip compile pyproject.toml --all-extras $(LOCK_FLAGS) -o requirements.lock
-	uv pip compile pyproject.toml $(LOCK_FLAGS) -c requirements.lock -o docker/serving.lock
+	uv pip compile pyproject.toml docker/serving-cpu.in --no-emit-package onnxruntime-gpu $(IMAGE_LOCK_FLAGS) -o docker/serving-cpu.lock
+	uv pip compile pyproject.toml docker/serving-cuda.in --no-emit-package onnxruntime $(IMAGE_LOCK_FLAGS) -o docker/serving-cuda.lock
+	uv pip compile pyproject.toml --extra pipeline --no-emit-package onnxruntime $(IMAGE_LOCK_FLAGS) -o docker/pipeline-cuda.lock
 
-LOCK_FLAGS := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+lock-cpu: $(STAMP)  ## make docker/pipeline-cpu.lock: torch without CUDA; needs an index with CPU wheels, so no such lock is kept here
+	$(BIN)/pip install --quiet uv
+	uv pip compile pyproject.toml docker/serving-cpu.in --extra pipeline --torch-backend cpu --no-emit-package onnxruntime-gpu $(IMAGE_LOCK_FLAGS) -o docker/pipeline-cpu.lock
+
+LOCK_FLAGS = --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
+IMAGE_LOCK_FLAGS = $(LOCK_FLAGS) -c requirements.lock
 
 clean:  ## remove what the pipeline made, keep .venv, the DVC cache and your own images in data/
 	rm -rf data/prepared data/downloads models metrics report scratch

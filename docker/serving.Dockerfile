@@ -7,7 +7,7 @@ ARG BASE=python:3.13-slim-bookworm
 FROM ${BASE}
 
 # Dependencies before the source, so that a change of code does not install them again.
-COPY docker/serving.lock /tmp/serving.lock
+COPY docker/serving-cpu.lock /tmp/serving.lock
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/serving.lock \
     && rm /tmp/serving.lock

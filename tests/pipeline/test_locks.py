@@ -1,0 +1,79 @@
+"""What is locked agrees: one version of a package everywhere, a hash for every file, and no index named."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.tiny import ROOT
+
+
+IMAGE_LOCKS = sorted((ROOT / "docker").glob("*-c*.lock"))
+ENVIRONMENT = ROOT / "requirements.lock"
+
+
+def requirements_of(lock: Path) -> list[str]:
+    """The lines of each requirement, its hashes among them."""
+    return re.split(r"\n(?=\S)", lock.read_text().strip())
+
+
+def versions_of(lock: Path) -> dict[str, set[str]]:
+    """Name to its versions, of which an old Python may have another than a new one."""
+    versions: dict[str, set[str]] = defaultdict(set)
+    for text in requirements_of(lock):
+        requirement = Requirement(text.split("\\\n")[0])
+        versions[requirement.name].add(str(requirement.specifier))
+    return versions
+
+
+def names_of(image: str) -> set[str]:
+    return set(versions_of(ROOT / "docker" / f"{image}.lock"))
+
+
+def test_every_image_has_its_lock() -> None:
+    assert {"pipeline-cuda", "serving-cpu", "serving-cuda"} <= {lock.stem for lock in IMAGE_LOCKS}
+
+
+@pytest.mark.parametrize("lock", IMAGE_LOCKS, ids=lambda lock: lock.stem)
+def test_an_image_holds_the_versions_that_are_tested(lock: Path) -> None:
+    tested = versions_of(ENVIRONMENT)
+    # A CPU wheel has the same version and says so behind a plus.
+    held = {name: {version.split("+")[0] for version in versions} for name, versions in versions_of(lock).items()}
+    assert {name: versions for name, versions in held.items() if not versions <= tested.get(name, versions)} == {}
+
+
+def test_a_package_has_one_version_in_all_images() -> None:
+    by_name: dict[str, set[frozenset[str]]] = defaultdict(set)
+    for lock in IMAGE_LOCKS:
+        for name, versions in versions_of(lock).items():
+            by_name[name].add(frozenset(version.split("+")[0] for version in versions))
+    assert {name: versions for name, versions in by_name.items() if len(versions) > 1} == {}
+
+
+@pytest.mark.parametrize("lock", [ENVIRONMENT, *IMAGE_LOCKS], ids=lambda lock: lock.stem)
+def test_everything_has_a_hash_and_nothing_an_address(lock: Path) -> None:
+    assert [text for text in requirements_of(lock) if not re.search(r"--hash=sha256:[0-9a-f]{64}", text)] == []
+    assert not re.search(r"://|--(extra-)?index-url|--find-links", lock.read_text())
+
+
+@pytest.mark.parametrize("image", ["serving-cpu", "serving-cuda"])
+def test_the_server_is_without_the_pipeline(image: str) -> None:
+    names = names_of(image)
+    assert {"fastapi", "numpy", "pillow", "pydantic-settings", "uvicorn"} <= names
+    assert not {"torch", "torchvision", "timm", "dvc", "typer", "onnx"} & names
+
+
+# Both wheels write into one folder: whichever came second is what runs.
+@pytest.mark.parametrize("lock", IMAGE_LOCKS, ids=lambda lock: lock.stem)
+def test_an_image_holds_one_onnxruntime(lock: Path) -> None:
+    wanted = "onnxruntime" if lock.stem.endswith("-cpu") else "onnxruntime-gpu"
+    assert {name for name in names_of(lock.stem) if name.startswith("onnxruntime")} == {wanted}
+
+
+def test_the_cpu_server_brings_no_cuda_and_the_gpu_server_does() -> None:
+    assert not [name for name in names_of("serving-cpu") if name.startswith("nvidia-")]
+    assert {"nvidia-cuda-runtime", "nvidia-cudnn-cu13"} <= names_of("serving-cuda")
