@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test soak lint serve bench bench-serving lock lock-cpu clean
+.PHONY: help env repro test soak lint serve bench bench-serving images test-containers lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,16 @@ bench: bench-serving  ## every benchmark
 bench-serving: $(STAMP)  ## our server, LitServe and the bare session in turn; ARGS="--rounds 2 --seconds 4"
 	python -m benchmarks.serving $(ARGS)
 
+images:  ## build the images cae-serving, cae-serving:cuda and cae-pipeline; ARGS="--build-arg BASE=..." goes to docker build
+	docker build $(BUILD) -f docker/serving.Dockerfile -t cae-serving .
+	docker build $(BUILD) -f docker/serving.Dockerfile --build-arg VARIANT=cuda -t cae-serving:cuda .
+	docker build $(BUILD) -f docker/pipeline.Dockerfile -t cae-pipeline .
+
+BUILD = --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS)
+
+test-containers: $(STAMP)  ## build the images and run them (some minutes, 20 GB); STRICT=1 fails where no engine can run
+	CAE_CONTAINERS=$(if $(STRICT),strict,1) pytest tests/containers -v -o log_cli=true -o log_cli_level=INFO
+
 # The locks of the images take their versions from requirements.lock; what that does not name is theirs alone.
 lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it); ARGS="--upgrade-package NAME" renews a version
 	$(BIN)/pip install --quiet uv
@@ -61,4 +71,4 @@ LOCK_FLAGS = --quiet --universal --python-version 3.11 --generate-hashes --no-em
 IMAGE_LOCK_FLAGS = $(LOCK_FLAGS) -c requirements.lock
 
 clean:  ## remove what the pipeline made, keep .venv, the DVC cache and your own images in data/
-	rm -rf data/prepared data/downloads models metrics report scratch
+	rm -rf data/prepared data/downloads models/*/ metrics report scratch

@@ -1,23 +1,35 @@
-# The server alone: no torch, no DVC, no compilers. Build from the repository's root:
-#   docker build -f docker/serving.Dockerfile -t cae-serving .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/models/bundle:/bundle:ro" cae-serving
-# Name a digest for a build that must not change: --build-arg BASE=python:3.13-slim-bookworm@sha256:...
+# The server alone: no torch, no DVC, no compilers. From the repository's root, `make images`, or
+#   docker build -f docker/serving.Dockerfile -t cae-serving .                                  CPU
+#   docker build -f docker/serving.Dockerfile --build-arg VARIANT=cuda -t cae-serving:cuda .    GPU, with CUDA and cuDNN
+#   ... --build-arg BUNDLE=models/bundle -t my-encoder .                                        with the bundle in it
+# Name a digest for a base that must not change: --build-arg BASE=python:3.13-slim-bookworm@sha256:...
 ARG BASE=python:3.13-slim-bookworm
-# hadolint ignore=DL3006
-FROM ${BASE}
 
-# Dependencies before the source, so that a change of code does not install them again.
-COPY docker/serving-cpu.lock /tmp/serving.lock
+# hadolint ignore=DL3006
+FROM ${BASE} AS environment
+ARG VARIANT=cpu
+COPY docker/serving-${VARIANT}.lock /tmp/serving.lock
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/serving.lock \
+    && /opt/venv/bin/pip uninstall --yes setuptools pip \
     && rm /tmp/serving.lock
 
+# Written by tools that the image does without.
+FROM environment AS inventory
+COPY docker/tools.lock docker/inventory.sh /tmp/
+RUN sh /tmp/inventory.sh
+
+FROM environment
+COPY --from=inventory /opt/inventory/ /opt/inventory/
 WORKDIR /app
 COPY serving/ serving/
+ARG BUNDLE=docker/bundle
+COPY ${BUNDLE}/ /bundle/
 
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     CAE_SERVING_BUNDLE=/bundle \
     CAE_SERVING_HOST=0.0.0.0 \
     CAE_SERVING_PORT=8000

@@ -1,7 +1,6 @@
 """Real Git clones with real DVC in them."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.tiny import ROOT, with_values, write_params
+from tests.clones import clone_repository
+from tests.tiny import with_values, write_params
 
 TIMEOUT_S = 600
 
@@ -77,23 +77,9 @@ class Clone:
 @pytest.fixture(scope="session")
 def make_clone(tiny_params: dict[str, Any]) -> Callable[[Path], Clone]:
     """Clones the repository with its uncommitted changes and makes its parameters tiny."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a Git checkout, so there is nothing to clone")
 
     def make(folder: Path) -> Clone:
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-        changed = subprocess.run(
-            ["git", "ls-files", "--modified", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        for name in changed.stdout.splitlines():
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
-        (folder / "dvc.lock").unlink(missing_ok=True)
+        clone_repository(folder)
         # Long enough for a signal to come in the middle.
         write_params(folder, with_values(tiny_params, {"pretrain.epochs": 40, "pretrain.checkpoint_every_steps": 5}))
         return Clone(folder)
