@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections import defaultdict
 from pathlib import Path
 
@@ -82,3 +83,34 @@ def test_an_image_holds_one_onnxruntime(lock: Path) -> None:
 def test_the_cpu_server_brings_no_cuda_and_the_gpu_server_does() -> None:
     assert not [name for name in names_of("serving-cpu") if name.startswith("nvidia-")]
     assert {"nvidia-cuda-runtime", "nvidia-cudnn-cu13"} <= names_of("serving-cuda")
+
+
+def in_an_image(text: str) -> bool:
+    """Whether pip installs it on Linux with a Python that is supported."""
+    marker = Requirement(text.split("\\\n")[0]).marker
+    return marker is None or any(
+        marker.evaluate({"sys_platform": "linux", "python_full_version": f"{python}.0", "python_version": python})
+        for python in ("3.11", "3.12", "3.13")
+    )
+
+
+@pytest.mark.parametrize("lock", IMAGE_LOCKS, ids=lambda lock: lock.stem)
+def test_the_licence_of_everything_in_an_image_is_listed(lock: Path) -> None:
+    text = (ROOT / "docs/licenses.md").read_text()
+    listed = dict(re.findall(r"^\| ([\w.-]+) \| ([^|]+) \|", text, re.MULTILINE))
+    for requirement in filter(in_an_image, requirements_of(lock)):
+        name, version = re.findall(r"^([\w.-]+)==([^\s;+]+)", requirement)[0]
+        assert version in listed.get(name, "").split(", "), f"{name} {version}: run `make licenses`"
+
+
+def test_a_licence_that_asks_for_something_stands_apart() -> None:
+    licenses = runpy.run_path(str(ROOT / "docs/licenses.py"))
+    titles = {
+        "MIT": "Permissive",
+        "Apache-2.0 OR GPL-2.0-or-later": "Permissive",
+        "EPL-2.0 OR GPL-2.0-or-later": "GPL and EPL",
+        "MPL-2.0 AND (Apache-2.0 OR MIT)": "MPL",
+        "LicenseRef-NVIDIA-Proprietary": "NVIDIA",
+        "not stated": "None stated",
+    }
+    assert {licence: licenses["family_of"](licence).title for licence in titles} == titles
