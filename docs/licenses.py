@@ -27,9 +27,10 @@ Written by `make licenses` from the metadata of the locked wheels (Linux, x86-64
 
 cae-pipe itself is under the Apache License 2.0. It imports these packages and changes no file of them. What follows is
 for who passes an image on, be it to a customer or in a public registry; it is a reading by engineers and no legal
-advice. The texts that count are in each image: `/opt/licenses.txt`, and beside each package in `/opt/venv`. Libraries
-that a wheel has inside (OpenSSL in pygit2, libjpeg in Pillow, the Fortran runtime in NumPy) are covered by the texts of
-that wheel. The base image has licences of its own, under `/usr/share/doc`.
+advice. The texts that count lie beside each package in `/opt/venv` (`*.dist-info`), and once more, one a package,
+in `/opt/licenses.txt`; a few wheels come without. Libraries that a wheel has inside (OpenSSL in pygit2, libjpeg in
+Pillow, the Fortran runtime in NumPy) are covered by the texts of that wheel. The base image has licences of its own,
+under `/usr/share/doc`.
 """
 
 
