@@ -1,22 +1,29 @@
-# Every target makes .venv when it is missing; Python 3.11-3.13, git and make are all that must be there before.
+# Every target makes the environment it needs when that is missing; Python 3.11-3.13, git and make are all that must be there before.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tools that look at locks, images and manifests are no part of the product.
+TOOLS := .venv-tools
+TOOLS_STAMP := $(TOOLS)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test soak lint serve bench bench-serving images test-containers lock lock-cpu clean
+.PHONY: help env repro test soak lint serve bench bench-serving tools audit licenses images test-containers lint-containers lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 env: $(STAMP)  ## create .venv from requirements.lock
 
-$(STAMP): requirements.lock pyproject.toml
+define new_venv
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found; install one or set PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(1)
+endef
+
+$(STAMP): requirements.lock pyproject.toml
+	$(call new_venv,$(VENV))
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
@@ -52,23 +59,44 @@ images:  ## build the images cae-serving, cae-serving:cuda and cae-pipeline; ARG
 
 BUILD = --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS)
 
-test-containers: $(STAMP)  ## build the images and run them (some minutes, 20 GB); STRICT=1 fails where no engine can run
+lint-containers: $(TOOLS_STAMP)  ## hadolint, and the schemas of Compose and Kubernetes
+	$(TOOLS)/bin/hadolint docker/*.Dockerfile
+	@# The schema knows no `!reset` and no `!override`, which Compose itself takes away.
+	set -e; for file in $(COMPOSE_FILES); do echo "$$file"; \
+		sed -E 's/!(reset|override)//' $$file | $(TOOLS)/bin/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -; done
+	$(TOOLS)/bin/kubernetes-validate --strict docker/examples/kubernetes.yaml
+
+COMPOSE_FILES = compose*.yaml docker/examples/compose*.yaml
+
+test-containers: $(STAMP) lint-containers  ## build the images and run them (some minutes, 20 GB); STRICT=1 fails where no engine can run
 	CAE_CONTAINERS=$(if $(STRICT),strict,1) pytest tests/containers -v -o log_cli=true -o log_cli_level=INFO
 
-# The locks of the images take their versions from requirements.lock; what that does not name is theirs alone.
-lock: $(STAMP)  ## renew the locks from pyproject.toml (uv is installed for it); ARGS="--upgrade-package NAME" renews a version
-	$(BIN)/pip install --quiet uv
-	uv pip compile pyproject.toml --all-extras $(LOCK_FLAGS) -o requirements.lock
-	uv pip compile pyproject.toml docker/serving-cpu.in --no-emit-package onnxruntime-gpu $(IMAGE_LOCK_FLAGS) -o docker/serving-cpu.lock
-	uv pip compile pyproject.toml docker/serving-cuda.in --no-emit-package onnxruntime $(IMAGE_LOCK_FLAGS) -o docker/serving-cuda.lock
-	uv pip compile pyproject.toml --extra pipeline --no-emit-package onnxruntime $(IMAGE_LOCK_FLAGS) -o docker/pipeline-cuda.lock
+tools: $(TOOLS_STAMP)  ## create .venv-tools from docker/tools.lock
 
-lock-cpu: $(STAMP)  ## make docker/pipeline-cpu.lock: torch without CUDA; needs an index with CPU wheels, so no such lock is kept here
-	$(BIN)/pip install --quiet uv
-	uv pip compile pyproject.toml docker/serving-cpu.in --extra pipeline --torch-backend cpu --no-emit-package onnxruntime-gpu $(IMAGE_LOCK_FLAGS) -o docker/pipeline-cpu.lock
+$(TOOLS_STAMP): docker/tools.lock
+	$(call new_venv,$(TOOLS))
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r docker/tools.lock
+	@touch $@
 
-LOCK_FLAGS = --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
-IMAGE_LOCK_FLAGS = $(LOCK_FLAGS) -c requirements.lock
+audit: $(TOOLS_STAMP)  ## ask for known vulnerabilities of all that is locked; ARGS=--strict fails where no service answers
+	$(TOOLS)/bin/python docker/audit.py $(ARGS)
+
+licenses: $(TOOLS_STAMP)  ## renew docs/licenses.md from the locks of the images
+	$(TOOLS)/bin/python docs/licenses.py
+
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
+
+# The other locks take their versions from requirements.lock; what it does not name is theirs alone.
+lock: $(TOOLS_STAMP)  ## renew the locks from pyproject.toml; ARGS="--upgrade-package NAME" renews a version
+	$(COMPILE) pyproject.toml --all-extras -o requirements.lock
+	$(COMPILE) -c requirements.lock pyproject.toml docker/serving-cpu.in --no-emit-package onnxruntime-gpu -o docker/serving-cpu.lock
+	$(COMPILE) -c requirements.lock pyproject.toml docker/serving-cuda.in --no-emit-package onnxruntime -o docker/serving-cuda.lock
+	$(COMPILE) -c requirements.lock pyproject.toml --extra pipeline --no-emit-package onnxruntime -o docker/pipeline-cuda.lock
+	$(COMPILE) -c requirements.lock docker/tools.in -o docker/tools.lock
+	$(COMPILE) -c docker/tools.lock docker/sbom.in -o docker/sbom.lock
+
+lock-cpu: $(TOOLS_STAMP)  ## make docker/pipeline-cpu.lock: torch without CUDA, from PyTorch's index of CPU wheels (none is kept here)
+	$(COMPILE) -c requirements.lock pyproject.toml docker/serving-cpu.in --extra pipeline --torch-backend cpu --no-emit-package onnxruntime-gpu -o docker/pipeline-cpu.lock
 
 clean:  ## remove what the pipeline made, keep .venv, the DVC cache and your own images in data/
 	rm -rf data/prepared data/downloads models/*/ metrics report scratch
