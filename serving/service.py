@@ -303,7 +303,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _
 
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
-        pass
+        pass  # an empty piece after the end of the body
 
 
 async def _all(calls: Sequence[Callable[[], Coroutine[Any, Any, _Result]]]) -> list[_Result]:

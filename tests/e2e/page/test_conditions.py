@@ -285,7 +285,7 @@ def stripping_proxy(target: str, prefix: str) -> Iterator[str]:
         do_GET = do_POST = handle_any  # noqa: N815
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Silent: the base class writes every request to stderr."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
