@@ -16,25 +16,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.e2e.page.tab import (
-    MAX_BODY_BYTES,
-    Open,
-    Pixels,
-    add_to_bundle,
-    assert_same,
-    encoded,
-    expected_pasted,
-    needs_chromium,
-    pixels_of,
-    saved,
-    shell,
-)
+from tests.e2e.page.pictures import Pixels, assert_same, encoded, expected_pasted, pixels_of, saved
+from tests.e2e.page.tab import MAX_BODY_BYTES, Open, add_to_bundle, shell
 from tests.serving.running_server import Server, running
-from tests.serving.tiny_bundle import (
-    write_tiny_bundle,
-)
-
-pytestmark = needs_chromium
+from tests.serving.tiny_bundle import write_tiny_bundle
 
 
 @pytest.mark.parametrize(
