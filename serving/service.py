@@ -187,10 +187,10 @@ class Service:
         """Each image file as uint8 [C, H, W], completely decoded. Errors: ImageError, which says which of several."""
         call.lane.expected += len(files)
         try:
-            if len(files) == 1:
-                return [await self.in_thread(self._prepared, files[0])]
-            numbered = enumerate(files)
-            return await _all([functools.partial(self.in_thread, self._prepared_of, *item) for item in numbered])
+            # An error of a single image need not say which.
+            names = [f"image {index}: " for index in range(len(files))] if len(files) > 1 else [""]
+            named = zip(names, files, strict=True)
+            return await _all([functools.partial(self.in_thread, self._prepared, *item) for item in named])
         finally:
             call.lane.expected -= len(files)
 
@@ -243,19 +243,16 @@ class Service:
             "precision": self.bundle.precision,
         }
 
-    def _prepared(self, data: bytes) -> Pixels:
-        with self._room_for(data):
-            image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
-            return preprocess.prepare(image, self.bundle.info.preprocessing)
+    def _prepared(self, name: str, data: bytes) -> Pixels:
+        try:
+            with self._room_for(data):
+                image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
+                return preprocess.prepare(image, self.bundle.info.preprocessing)
+        except preprocess.ImageError as error:
+            raise preprocess.ImageError(error.reason, f"{name}{error}") from None
 
     def _room_for(self, data: bytes) -> AbstractContextManager[None]:
         return self._decoding.room(preprocess.header_pixels(data, max_pixels=self.settings.max_pixels))
-
-    def _prepared_of(self, index: int, data: bytes) -> Pixels:
-        try:
-            return self._prepared(data)
-        except preprocess.ImageError as error:
-            raise preprocess.ImageError(error.reason, f"image {index}: {error}") from None
 
     @staticmethod
     def _key(item: EmbedItem | ReconstructItem) -> tuple[int, ...]:
@@ -308,8 +305,6 @@ async def _gone(request: Request) -> None:
 
 async def _all(calls: Sequence[Callable[[], Coroutine[Any, Any, _Result]]]) -> list[_Result]:
     """The results of all calls at once, in their order; the first error ends the others and is raised as it is."""
-    if len(calls) == 1:
-        return [await calls[0]()]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call()) for call in calls]
