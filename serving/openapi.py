@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel
 
 from serving import preprocess
 from serving.answers import JSON, NPY, PNG, SAFETENSORS
-from serving.bodies import FORM, RAW_TYPES
+from serving.bodies import FORM, RAW_TYPES, EmbedBody, ReconstructBody
 from serving.bundle import Bundle
 from serving.bundle_info import BundleError
 from serving.errors import ErrorBody
@@ -47,7 +46,7 @@ _STATUSES = {
 }
 
 
-def embed(bundle: Bundle, body: type[BaseModel]) -> dict[str, Any]:
+def embed(bundle: Bundle) -> dict[str, Any]:
     """The documentation of /embed."""
     file = _example_file(bundle)
     pixels = preprocess.prepare(preprocess.decode(file, max_pixels=10**6), bundle.info.preprocessing)
@@ -64,10 +63,10 @@ def embed(bundle: Bundle, body: type[BaseModel]) -> dict[str, Any]:
     schema = {"type": "object", "required": [*_COMMON, "shapes"], "properties": properties}
     form = {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _FILE}}}
     answers = {JSON: {"schema": schema, "example": answer}, NPY: _BINARY, SAFETENSORS: _BINARY}
-    return _documented(file, body, form, answers)
+    return _documented(file, EmbedBody, form, answers)
 
 
-def reconstruct(bundle: Bundle, body: type[BaseModel]) -> dict[str, Any]:
+def reconstruct(bundle: Bundle) -> dict[str, Any]:
     """The documentation of /reconstruct."""
     properties: dict[str, Any] = {
         **_COMMON,
@@ -82,11 +81,11 @@ def reconstruct(bundle: Bundle, body: type[BaseModel]) -> dict[str, Any]:
     schema = {"type": "object", "required": [*_COMMON, "shape", "reconstruction"], "properties": properties}
     form = {"type": "object", "required": ["images"], "properties": {"images": _FILE, "mask": _FILE}}
     answers = {PNG: _BINARY, JSON: {"schema": schema}, NPY: _BINARY, SAFETENSORS: _BINARY}
-    return _documented(_example_file(bundle), body, form, answers)
+    return _documented(_example_file(bundle), ReconstructBody, form, answers)
 
 
 def _documented(
-    file: bytes, body: type[BaseModel], form: dict[str, Any], answers: dict[str, dict[str, Any]]
+    file: bytes, body: type[EmbedBody], form: dict[str, Any], answers: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     content: dict[str, Any] = dict.fromkeys(RAW_TYPES, _BINARY)
     content[FORM] = {"schema": form}

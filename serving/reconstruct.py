@@ -86,7 +86,7 @@ def router(service: Service) -> APIRouter:
     """The call over `service`."""
     routes = APIRouter()
 
-    @routes.post("/reconstruct", response_class=Response, **openapi.reconstruct(service.bundle, ReconstructBody))
+    @routes.post("/reconstruct", response_class=Response, **openapi.reconstruct(service.bundle))
     async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query()]) -> Response:
         """The image completed from some of its patches: drawn at random, named, or painted as a mask.
 
