@@ -68,20 +68,22 @@ class Call:
         metrics: Metrics,
         run: Callable[[Sequence[Any]], Sequence[Any]],
         batch_sizes: Sequence[int],
+        retry_after_s: Callable[[], float],
     ) -> None:
         self.name = name
-        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes, self._retry_after_s)
+        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes, retry_after_s)
         self.lane: Lane[Any, Any] = Lane(name, run, self._ran, batch_sizes)
         self._metrics = metrics
-        # Seconds for each image of late, for Retry-After; nothing is known before the first batch.
+        # Seconds for each image of late; nothing is known before the first batch.
         self._image_s = 0.0
         metrics.watch_queue(
             name, lambda: self.admission.images, lambda: self.admission.bytes, lambda: len(self.lane.items)
         )
 
-    def _retry_after_s(self) -> float:
-        """How long it should take until what is admitted now has been answered."""
-        return min(self._image_s * self.admission.images, _LONGEST_RETRY_S)
+    @property
+    def backlog_s(self) -> float:
+        """Work for the batch thread in what is admitted now, in seconds."""
+        return self._image_s * self.admission.images
 
     def _ran(self, size: int, seconds: float) -> None:
         self._metrics.images.labels(self.name).inc(size)
@@ -98,8 +100,10 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.batch_sizes = _powers_of_two(settings.max_batch_size or (_CUDA_BATCH if bundle.on_cuda else _CPU_BATCH))
-        self.embedding = Call("embed", settings, self.metrics, self._embed, self.batch_sizes)
-        self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes)
+        self.embedding = Call("embed", settings, self.metrics, self._embed, self.batch_sizes, self._retry_after_s)
+        self.reconstruction = Call(
+            "reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes, self._retry_after_s
+        )
         self.warmed = False
         self.draining = False
         # In memory and as they were verified, whatever becomes of the folder.
@@ -242,6 +246,10 @@ class Service:
             "grid": f"{rows}x{columns}",
             "precision": self.bundle.precision,
         }
+
+    def _retry_after_s(self) -> float:
+        """How long it should take until all that is admitted now has been answered: one thread runs both calls."""
+        return min(self.embedding.backlog_s + self.reconstruction.backlog_s, _LONGEST_RETRY_S)
 
     def _prepared(self, name: str, data: bytes) -> Pixels:
         try:
