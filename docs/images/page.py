@@ -21,7 +21,7 @@ PATCH = 18
 def main(bundle: Path) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(bundle, Path(folder, "log"), {}) as server,
+        running(bundle, Path(folder, "log"), {"CAE_SERVING_PRECISION": "float32"}) as server,
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
