@@ -106,13 +106,11 @@ def _check(name: str, values: Sequence[float], limit: float, at_least: bool) -> 
     return Check(name, statistics.median(values), min(values), max(values), limit, at_least)
 
 
-def contest(
-    bundle: Path, precision: Precision, num_rounds: int, seconds: float, num_clients: Sequence[int] = NUM_CLIENTS
-) -> Contest:
+def contest(bundle: Path, precision: Precision, num_rounds: int, seconds: float) -> Contest:
     """Start the three, and measure them in turn, each alone under load while the others wait."""
     with tempfile.TemporaryDirectory() as folder, contenders(bundle, precision, Path(folder)) as (raw, servers):
         idle = processes.idle_cpu(servers, min(seconds, 3))
-        rounds = [_round(raw, servers, clients, seconds) for _ in range(num_rounds) for clients in num_clients]
+        rounds = [_round(raw, servers, clients, seconds) for _ in range(num_rounds) for clients in NUM_CLIENTS]
     return Contest(bundle.name, precision, idle, rounds)
 
 

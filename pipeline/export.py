@@ -69,20 +69,18 @@ class Exported(NamedTuple):
     verdicts: dict[Variant, Verdict]
 
 
-def run(workspace: Workspace) -> None:
-    """Stage `export`: `models/bundle` from the pretrained weights, with its quality metrics."""
-    config = workspace.params.export
-    run_with(workspace, variants.wanted(config.int8, config.fp16))
+def run(workspace: Workspace, int8: bool = False, fp16: bool = False) -> None:
+    """Stage `export`: `models/bundle` from the pretrained weights, with its quality metrics.
 
-
-def run_with(workspace: Workspace, wanted: Sequence[Variant]) -> None:
-    """The stage with these variants of the encoder, whatever the parameters say of them."""
+    `int8` and `fp16` ask for these variants of the encoder also where the parameters do not.
+    """
     metrics = {
         stage: values
         for stage in ("tokenizer", "pretrain", "finetune", "probe_linear", "probe_attentive", "probe_knn")
         if (values := workspace.read_metrics(stage))
     }
     started = time.perf_counter()
+    wanted = variants.wanted(workspace.params.export, int8, fp16)
     parity, verdicts = export(workspace, workspace.pretrained, workspace.bundle, metrics, wanted)
     quality = parity._asdict()
     for variant, verdict in verdicts.items():

@@ -31,7 +31,7 @@ from pipeline.frozen_features import (
 from pipeline.workspace import Workspace
 
 # int8 takes the range of its activations over a whole batch, so one odd image costs the others their precision. The
-# gate must see mixed batches, as large as a server makes them.
+# gate must see mixed batches, and larger ones than a server makes on a CPU (8, unless it is told otherwise).
 BATCH_SIZE = 16
 # ONNX Runtime computes a float16 graph in float32 on a CPU, where nothing overflows; on a GPU it would, above 65504.
 # Half of that, for other images may have larger values than these.

@@ -137,13 +137,10 @@ def export(
         formats.to_timm_folder(weights, out)
     elif format == FormatName.SAFETENSORS and out:
         formats.to_safetensors(workspace, weights, out)
+    elif out:
+        stage.export(workspace, weights, out, {}, variants.wanted(workspace.params.export, int8, fp16))
     else:
-        config = workspace.params.export
-        wanted = variants.wanted(config.int8 or int8, config.fp16 or fp16)
-        if out is None:
-            _run("export", lambda here: stage.run_with(here, wanted))
-        else:
-            stage.export(workspace, weights, out, {}, wanted)
+        _run("export", lambda here: stage.run(here, int8, fp16))
 
 
 @stages.command(rich_help_panel=PANEL)

@@ -10,6 +10,7 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from cae.config import ExportConfig
 from cae.errors import UserError
 from cae.weights import Trained
 from pipeline import gate
@@ -22,9 +23,9 @@ logger = logging.getLogger(__name__)
 FILES: dict[Variant, str] = {"int8": "encoder.int8.onnx", "float16": "encoder.fp16.onnx"}
 
 
-def wanted(int8: bool, fp16: bool) -> list[Variant]:
-    """The variants that are asked for by name."""
-    asked: dict[Variant, bool] = {"int8": int8, "float16": fp16}
+def wanted(config: ExportConfig, int8: bool, fp16: bool) -> list[Variant]:
+    """The variants that the parameters or the caller ask for."""
+    asked: dict[Variant, bool] = {"int8": config.int8 or int8, "float16": config.fp16 or fp16}
     return [variant for variant, is_asked in asked.items() if is_asked]
 
 

@@ -27,6 +27,7 @@ from serving.bundle_info import (
     GraphFile,
     Output,
     Precision,
+    WantedPrecision,
     read_info,
     verify,
 )
@@ -66,7 +67,11 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, folder: Path, device: Device = "auto", num_threads: int | None = None, precision: Precision = "float32"
+        cls,
+        folder: Path,
+        device: Device = "auto",
+        num_threads: int | None = None,
+        precision: WantedPrecision = "float32",
     ) -> Bundle:
         """Read, verify and load the bundle in `folder`.
 
@@ -214,7 +219,9 @@ class _Loader:
             # CUDA and cuDNN may lie in wheels beside onnxruntime, where the system's loader does not look.
             onnxruntime.preload_dlls()
 
-    def load_encoder(self, info: BundleInfo, precision: Precision) -> tuple[Precision, onnxruntime.InferenceSession]:
+    def load_encoder(
+        self, info: BundleInfo, precision: WantedPrecision
+    ) -> tuple[Precision, onnxruntime.InferenceSession]:
         """The encoder, and the precision that it has; call it before `load`."""
         asked = self.provider
         chosen = info.choose(precision, on_cuda=asked == _CUDA)

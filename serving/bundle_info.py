@@ -18,8 +18,10 @@ from serving.preprocess import Preprocessing
 Output = Literal["patches", "class_token", "pooled", "class_attention"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 Capability = Literal["embed", "reconstruct", "skip_reconstruct"]
-Precision = Literal["auto", "float32", "float16", "int8"]
-"""Of the encoder. "auto" is what may be asked for; what runs is one of the others."""
+Precision = Literal["float32", "float16", "int8"]
+"""Of the encoder."""
+WantedPrecision = Literal["auto", Precision]
+"""What may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class BundleInfo(_Section):
                 raise ValueError(f"examples: files has no {example}")
         return self
 
-    def choose(self, precision: Precision, *, on_cuda: bool) -> Precision:
+    def choose(self, precision: WantedPrecision, *, on_cuda: bool) -> Precision:
         """The precision that runs where `precision` is asked for; BundleError where the bundle does not have it.
 
         "auto" is the variant made for the device: int8 is slow on CUDA, and float16 gains nothing on a CPU.
@@ -168,7 +170,7 @@ class BundleInfo(_Section):
         return precision
 
     def encoder_file(self, precision: Precision) -> str:
-        """The file of the encoder in a precision that `choose` gave."""
+        """The file of the encoder in a precision that the bundle has."""
         return GRAPHS["embed"].file if precision == "float32" else self.variants[precision].file
 
 

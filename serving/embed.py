@@ -61,7 +61,7 @@ def router(service: Service) -> APIRouter:
     """The call over `service`."""
     routes = APIRouter()
 
-    @routes.post("/embed", response_class=Response, **openapi.embed(service.bundle, EmbedBody))
+    @routes.post("/embed", response_class=Response, **openapi.embed(service.bundle))
     async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
         """Features of one or several images.
 

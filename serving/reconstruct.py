@@ -58,12 +58,19 @@ class ReconstructQuery(BaseModel):
 
     @model_validator(mode="after")
     def _one_mask(self) -> ReconstructQuery:
-        drawn = [name for name in ("mask_ratio", "seed", "mask_kind") if getattr(self, name) is not None]
+        drawn = self._drawn()
         if self.masked is not None and drawn:
             raise ValueError(f"masked says which patches are hidden; leave out {' and '.join(drawn)}")
         if self.skip_regressor and (drawn or self.masked is not None):
             raise ValueError("skip_regressor=true hides no patch; leave out mask_ratio, seed, mask_kind and masked")
         return self
+
+    def says_mask(self) -> bool:
+        """Whether it leaves no choice of the mask to the body."""
+        return self.skip_regressor or self.masked is not None or bool(self._drawn())
+
+    def _drawn(self) -> list[str]:
+        return [name for name in ("mask_ratio", "seed", "mask_kind") if getattr(self, name) is not None]
 
 
 class Hidden(NamedTuple):
@@ -79,7 +86,7 @@ def router(service: Service) -> APIRouter:
     """The call over `service`."""
     routes = APIRouter()
 
-    @routes.post("/reconstruct", response_class=Response, **openapi.reconstruct(service.bundle, ReconstructBody))
+    @routes.post("/reconstruct", response_class=Response, **openapi.reconstruct(service.bundle))
     async def reconstruct(request: Request, query: Annotated[ReconstructQuery, Query()]) -> Response:
         """The image completed from some of its patches: drawn at random, named, or painted as a mask.
 
@@ -119,16 +126,15 @@ async def _answer(
 
 def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | None:
     """Errors: RequestValidationError, ImageError for a mask that is no image."""
-    grid = service.bundle.info.model.grid
-    named = body.masked if query.masked is None else [int(text) for text in query.masked.split(",")]
-    sources = [named is not None, body.mask is not None, query.skip_regressor]
-    drawn = (query.mask_ratio, query.seed, query.mask_kind) != (None, None, None)
-    if sum(sources) > 1 or (drawn and any(sources)) or (query.masked is not None and body.masked is not None):
+    # Of what the query alone says there is only one; see `_one_mask`.
+    if query.says_mask() + (body.masked is not None) + (body.mask is not None) > 1:
         raise _bad("mask", "the mask is given twice; send one of masked, a mask image, a ratio with seed, or none")
     if query.skip_regressor:
         return None
+    named = body.masked if query.masked is None else [int(text) for text in query.masked.split(",")]
     if named is not None:
-        return Hidden(_valid("masked", lambda: masks.given_mask(grid[0] * grid[1], named)), "given")
+        num_patches = service.bundle.info.model.num_patches
+        return Hidden(_valid("masked", lambda: masks.given_mask(num_patches, named)), "given")
     if body.mask is not None:
         painting = body.mask
         return Hidden(_valid("mask", lambda: service.read_mask(painting)), "image")

@@ -68,20 +68,22 @@ class Call:
         metrics: Metrics,
         run: Callable[[Sequence[Any]], Sequence[Any]],
         batch_sizes: Sequence[int],
+        retry_after_s: Callable[[], float],
     ) -> None:
         self.name = name
-        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes, self._retry_after_s)
+        self.admission = Admission(settings.max_queued_images, settings.max_queued_bytes, retry_after_s)
         self.lane: Lane[Any, Any] = Lane(name, run, self._ran, batch_sizes)
         self._metrics = metrics
-        # Seconds for each image of late, for Retry-After; nothing is known before the first batch.
+        # Seconds for each image of late; nothing is known before the first batch.
         self._image_s = 0.0
         metrics.watch_queue(
             name, lambda: self.admission.images, lambda: self.admission.bytes, lambda: len(self.lane.items)
         )
 
-    def _retry_after_s(self) -> float:
-        """How long it should take until what is admitted now has been answered."""
-        return min(self._image_s * self.admission.images, _LONGEST_RETRY_S)
+    @property
+    def backlog_s(self) -> float:
+        """Work for the batch thread in what is admitted now, in seconds."""
+        return self._image_s * self.admission.images
 
     def _ran(self, size: int, seconds: float) -> None:
         self._metrics.images.labels(self.name).inc(size)
@@ -98,8 +100,10 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.batch_sizes = _powers_of_two(settings.max_batch_size or (_CUDA_BATCH if bundle.on_cuda else _CPU_BATCH))
-        self.embedding = Call("embed", settings, self.metrics, self._embed, self.batch_sizes)
-        self.reconstruction = Call("reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes)
+        self.embedding = Call("embed", settings, self.metrics, self._embed, self.batch_sizes, self._retry_after_s)
+        self.reconstruction = Call(
+            "reconstruct", settings, self.metrics, self._reconstruct, self.batch_sizes, self._retry_after_s
+        )
         self.warmed = False
         self.draining = False
         # In memory and as they were verified, whatever becomes of the folder.
@@ -187,10 +191,10 @@ class Service:
         """Each image file as uint8 [C, H, W], completely decoded. Errors: ImageError, which says which of several."""
         call.lane.expected += len(files)
         try:
-            if len(files) == 1:
-                return [await self.in_thread(self._prepared, files[0])]
-            numbered = enumerate(files)
-            return await _all([functools.partial(self.in_thread, self._prepared_of, *item) for item in numbered])
+            # An error of a single image need not say which.
+            names = [f"image {index}: " for index in range(len(files))] if len(files) > 1 else [""]
+            named = zip(names, files, strict=True)
+            return await _all([functools.partial(self.in_thread, self._prepared, *item) for item in named])
         finally:
             call.lane.expected -= len(files)
 
@@ -243,19 +247,20 @@ class Service:
             "precision": self.bundle.precision,
         }
 
-    def _prepared(self, data: bytes) -> Pixels:
-        with self._room_for(data):
-            image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
-            return preprocess.prepare(image, self.bundle.info.preprocessing)
+    def _retry_after_s(self) -> float:
+        """How long it should take until all that is admitted now has been answered: one thread runs both calls."""
+        return min(self.embedding.backlog_s + self.reconstruction.backlog_s, _LONGEST_RETRY_S)
+
+    def _prepared(self, name: str, data: bytes) -> Pixels:
+        try:
+            with self._room_for(data):
+                image = preprocess.decode(data, max_pixels=self.settings.max_pixels)
+                return preprocess.prepare(image, self.bundle.info.preprocessing)
+        except preprocess.ImageError as error:
+            raise preprocess.ImageError(error.reason, f"{name}{error}") from None
 
     def _room_for(self, data: bytes) -> AbstractContextManager[None]:
         return self._decoding.room(preprocess.header_pixels(data, max_pixels=self.settings.max_pixels))
-
-    def _prepared_of(self, index: int, data: bytes) -> Pixels:
-        try:
-            return self._prepared(data)
-        except preprocess.ImageError as error:
-            raise preprocess.ImageError(error.reason, f"image {index}: {error}") from None
 
     @staticmethod
     def _key(item: EmbedItem | ReconstructItem) -> tuple[int, ...]:
@@ -303,13 +308,11 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _
 
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
-        pass
+        pass  # an empty piece after the end of the body
 
 
 async def _all(calls: Sequence[Callable[[], Coroutine[Any, Any, _Result]]]) -> list[_Result]:
     """The results of all calls at once, in their order; the first error ends the others and is raised as it is."""
-    if len(calls) == 1:
-        return [await calls[0]()]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call()) for call in calls]

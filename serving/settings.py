@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from serving.bundle import Device
-from serving.bundle_info import Precision
+from serving.bundle_info import WantedPrecision
 from serving.preprocess import PILLOW_MAX_PIXELS
 
 PREFIX = "CAE_SERVING_"
@@ -40,7 +40,7 @@ class Settings(BaseSettings):
         "", pattern="^(/.*[^/])?$", description="path under which a proxy shows the server, /cae for example"
     )
     device: Device = Field("auto", description="cpu, cuda (refuse to start without it), or auto (CUDA where it works)")
-    precision: Precision = Field(
+    precision: WantedPrecision = Field(
         "auto",
         description="float32, int8, float16, or auto: the variant for the device, where the bundle has one that passed",
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from serving.admission import Admission, QueueFullError
+from serving.bundle import Bundle
+from serving.service import Service
+from serving.settings import Settings
 
 
 def room_for(max_images: int, max_bytes: int) -> Admission:
@@ -54,3 +59,19 @@ def test_an_answer_counts_even_beyond_the_limit_until_it_is_taken() -> None:
         room.admit(0)
     ticket.give_back()
     assert (room.images, room.bytes) == (0, 0)
+
+
+def test_who_is_refused_waits_for_the_work_of_both_calls(tiny_bundle: Path) -> None:
+    service = Service(Bundle.open(tiny_bundle, "cpu"), Settings(bundle=tiny_bundle, max_queued_images=2))
+    seconds_of_an_image = {service.embedding: 0.5, service.reconstruction: 3.0}
+    for call, seconds in seconds_of_an_image.items():
+        call.lane.on_batch(4, 4 * seconds)
+        call.admission.admit(0)
+    service.embedding.admission.admit(0)
+    with pytest.raises(QueueFullError) as caught:
+        service.embedding.admission.admit(0)
+    assert caught.value.retry_after_s == 2 * 0.5 + 3.0
+    service.reconstruction.lane.on_batch(1, 10_000)
+    with pytest.raises(QueueFullError) as caught:
+        service.embedding.admission.admit(0)
+    assert caught.value.retry_after_s == 60

@@ -198,7 +198,7 @@ class Busy:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
         while (await receive()).get("more_body"):
-            pass
+            pass  # the body is read and forgotten
         self.asked_at.append(time.monotonic())
         self.num_at_once += 1
         self.most_at_once = max(self.most_at_once, self.num_at_once)

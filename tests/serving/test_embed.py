@@ -14,9 +14,7 @@ import pytest
 from http_answers import JSON, NPY, SAFETENSORS, array, encoded, refused, tensors
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_bundle import (
-    expected_features,
-)
+from tiny_bundle import expected_features
 
 from serving.bundle import Bundle
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from serving.pixel_budget import PixelBudget
 
 WAIT_S = 10.0
@@ -54,11 +56,8 @@ def test_a_picture_beyond_the_budget_is_decoded_alone() -> None:
 
 def test_room_comes_back_after_a_failure() -> None:
     budget = PixelBudget(100)
-    try:
-        with budget.room(100):
-            raise ZeroDivisionError
-    except ZeroDivisionError:
-        pass
+    with pytest.raises(ZeroDivisionError), budget.room(100):
+        raise ZeroDivisionError
     inside, leave, thread = hold(budget, 100)
     assert inside.wait(WAIT_S)
     leave.set()

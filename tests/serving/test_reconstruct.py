@@ -16,13 +16,7 @@ from http_answers import JSON, NPY, SAFETENSORS, array, encoded, npy, picture, r
 from numpy.typing import NDArray
 from PIL import Image
 from running_server import Server, running
-from tiny_bundle import (
-    DEFAULT_MASK_RATIO,
-    expected_features,
-    expected_reconstruction,
-    expected_skip,
-    write_tiny_bundle,
-)
+from tiny_bundle import DEFAULT_MASK_RATIO, expected_features, expected_reconstruction, expected_skip, write_tiny_bundle
 
 from serving.masks import block_mask, given_mask, paste, random_mask
 

@@ -12,9 +12,7 @@ import pytest
 from http_answers import MAX_BODY_BYTES, NPY, array, encoded, refused
 from numpy.typing import NDArray
 from running_server import Server
-from tiny_bundle import (
-    expected_features,
-)
+from tiny_bundle import expected_features
 
 Pixels = Callable[..., NDArray[np.uint8]]
 

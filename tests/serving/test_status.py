@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import anyio
 import httpx
 import numpy as np
 import pytest
-from http_answers import MAX_BODY_BYTES, MAX_PIXELS, refused
+from http_answers import JSON, MAX_BODY_BYTES, MAX_PIXELS, refused
 from numpy.typing import NDArray
 from running_server import running
 from tiny_bundle import write_tiny_bundle
@@ -132,7 +134,55 @@ def test_the_example_of_the_documentation_gives_the_answer_that_stands_there(htt
     assert answered["shapes"] == documented["shapes"]
     assert answered["bundle_sha256"] == documented["bundle_sha256"]
     np.testing.assert_allclose(answered["pooled"], documented["pooled"], atol=1e-6)
-    assert http.post("/reconstruct", json=sent).status_code == 200
+
+
+def test_the_example_of_a_completion_gives_the_answer_that_stands_there(http: httpx.Client) -> None:
+    operation = http.get("/openapi.json").json()["paths"]["/reconstruct"]["post"]
+    sent = operation["requestBody"]["content"]["application/json"]["example"]
+    documented = operation["responses"]["200"]["content"]["application/json"]["examples"]["short"]["value"]
+    answered = http.post("/reconstruct", json=sent, headers=JSON).json()
+    first_rows = np.array(answered["reconstruction"])[:, :, :1]
+    np.testing.assert_allclose(documented["reconstruction"], first_rows, atol=1e-6)
+    own = {"request_id", "reconstruction"}
+    assert documented.keys() == answered.keys()
+    assert {name: documented[name] for name in documented if name not in own} == {
+        name: answered[name] for name in answered if name not in own
+    }
+
+
+def test_the_headers_of_every_answer_are_those_that_are_documented(
+    tiny_bundle: Path, tmp_path: Path, png: bytes
+) -> None:
+    key = {"X-Api-Key": "correct-horse"}
+    limits = {"CAE_SERVING_API_KEY": "correct-horse", "CAE_SERVING_MAX_QUEUED_BYTES": str(len(png))}
+    of_http = {"date", "server", "content-type", "content-length"}
+    with (
+        running(tiny_bundle, tmp_path / "log", limits) as server,
+        httpx.Client(base_url=server.url, headers=key) as http,
+    ):
+        paths = http.get("/openapi.json").json()["paths"]
+
+        def check(path: str, status: int, content: bytes, **headers: str) -> None:
+            answer = http.post(path, content=content, headers=headers)
+            assert answer.status_code == status
+            documented = paths[path.partition("?")[0]]["post"]["responses"][str(status)]["headers"]
+            found = set(answer.headers) - of_http
+            assert found <= {name.lower() for name in documented}
+            assert found >= {name.lower() for name, header in documented.items() if header["required"]}
+
+        check("/embed", 200, png)
+        check("/reconstruct", 200, png)
+        check("/reconstruct?masked=1", 200, png)
+        check("/reconstruct?skip_regressor=true", 200, png)
+        check("/embed", 401, png, **{"X-Api-Key": "another-horse"})
+        check("/embed", 415, b"hello")
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port)) as slow:
+            head = f"POST /embed HTTP/1.1\r\nHost: t\r\nX-Api-Key: correct-horse\r\nContent-Length: {len(png)}\r\n\r\n"
+            slow.sendall(head.encode())
+            while not series(http)['cae_admitted_bytes{call="embed"}']:
+                time.sleep(0.01)
+            check("/embed", 429, png)
 
 
 def series(http: httpx.Client) -> dict[str, float]:

@@ -9,15 +9,16 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.e2e.page.tab import CHROMIUM, MAX_BODY_BYTES, Open, Pixels, Tab, add_to_bundle, encoded, pixels_of
+from tests.e2e.page.pictures import Pixels, encoded, pixels_of
+from tests.e2e.page.tab import CHROMIUM, MAX_BODY_BYTES, Open, Tab, add_to_bundle
 from tests.serving.running_server import Server, running
-from tests.serving.tiny_bundle import (
-    write_tiny_bundle,
-)
+from tests.serving.tiny_bundle import write_tiny_bundle
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}; apt-get install chromium")
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
             executable_path=str(CHROMIUM),

@@ -16,25 +16,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.e2e.page.tab import (
-    MAX_BODY_BYTES,
-    Open,
-    Pixels,
-    add_to_bundle,
-    assert_same,
-    encoded,
-    expected_pasted,
-    needs_chromium,
-    pixels_of,
-    saved,
-    shell,
-)
+from tests.e2e.page.pictures import Pixels, assert_same, encoded, expected_pasted, pixels_of, saved
+from tests.e2e.page.tab import MAX_BODY_BYTES, Open, add_to_bundle, shell
 from tests.serving.running_server import Server, running
-from tests.serving.tiny_bundle import (
-    write_tiny_bundle,
-)
-
-pytestmark = needs_chromium
+from tests.serving.tiny_bundle import write_tiny_bundle
 
 
 @pytest.mark.parametrize(
@@ -285,7 +270,7 @@ def stripping_proxy(target: str, prefix: str) -> Iterator[str]:
         do_GET = do_POST = handle_any  # noqa: N815
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Silent: the base class writes every request to stderr."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
         thread = threading.Thread(target=proxy.serve_forever)

@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.page.tab import Open, Pixels, assert_same, needs_chromium
+from tests.e2e.page.pictures import Pixels, assert_same
+from tests.e2e.page.tab import Open
 from tests.serving.running_server import Server
-from tests.serving.tiny_bundle import (
-    NUM_HEADS,
-    expected_features,
-)
-
-pytestmark = needs_chromium
+from tests.serving.tiny_bundle import NUM_HEADS, expected_features
 
 
 def test_similarity_components_and_attention_are_those_of_numpy(

@@ -14,27 +14,10 @@ from playwright.sync_api import Browser, expect
 
 from serving.masks import random_mask
 from serving.preprocess import Preprocessing, decode, prepare
-from tests.e2e.page.tab import (
-    PATCH,
-    Open,
-    Pixels,
-    Tab,
-    assert_same,
-    encoded,
-    expected_pasted,
-    needs_chromium,
-    pixels_of,
-    saved,
-    shell,
-)
+from tests.e2e.page.pictures import PATCH, Pixels, assert_same, encoded, expected_pasted, pixels_of, saved
+from tests.e2e.page.tab import Open, Tab, shell
 from tests.serving.running_server import Server
-from tests.serving.tiny_bundle import (
-    expected_features,
-    expected_reconstruction,
-    expected_skip,
-)
-
-pytestmark = needs_chromium
+from tests.serving.tiny_bundle import expected_features, expected_reconstruction, expected_skip
 
 
 def test_the_first_example_is_shown_with_everything_that_is_made_of_it(

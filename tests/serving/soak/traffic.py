@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,13 +232,10 @@ def spoken(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     """What the server answers to these bytes until it closes, or says nothing for 2 seconds."""
     host, port = url.removeprefix("http://").split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=2) as connection:
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-                time.sleep(pause_s)
-            while data := connection.recv(65536):
-                received += data
-        except OSError:
-            pass
+    with socket.create_connection((host, int(port)), timeout=2) as connection, suppress(OSError):
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(pause_s)
+        while data := connection.recv(65536):
+            received += data
     return received
