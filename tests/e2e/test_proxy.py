@@ -201,8 +201,10 @@ def test_where_no_replica_is_left_callers_are_told_when_to_come_again(bundle: Pa
             refused(embed(client, 0), 503, "no_replica")
         for replica in started.replicas:
             replica.start_again()
-        time.sleep(5.5)
-        assert embed(client, 0).status_code == 200
+            replica.wait_until_ready()
+        # At once, though they are remembered as failed.
+        for _ in range(3):
+            assert embed(client, 0).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
