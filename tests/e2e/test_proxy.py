@@ -41,7 +41,9 @@ def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two replicas that no test stops."""
-    with fleet(bundle, tmp_path_factory.mktemp("two"), [{"CAE_SERVING_MAX_PIXELS": "1000000"}] * 2) as started:
+    # In containers the proxy has another address than this one, which uvicorn would believe what it says of TLS.
+    environment = {"CAE_SERVING_MAX_PIXELS": "1000000", "FORWARDED_ALLOW_IPS": "192.0.2.1"}
+    with fleet(bundle, tmp_path_factory.mktemp("two"), [environment] * 2) as started:
         yield started
 
 
@@ -203,9 +205,7 @@ def test_where_no_replica_is_left_callers_are_told_when_to_come_again(bundle: Pa
         for replica in started.replicas:
             replica.start_again()
             replica.wait_until_ready()
-        # At once, though they are remembered as failed.
-        for _ in range(3):
-            assert embed(client, 0).status_code == 200
+        assert embed(client, 0).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -254,8 +254,9 @@ def test_below_a_path_of_a_site(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_caller_who_takes_no_answer_holds_no_room_in_a_replica(tmp_path: Path) -> None:
-    large = write_tiny_bundle(tmp_path / "bundle", size=(1024, 1024))
-    body = npy_of_many(64, 1024)
+    # 50 MB, far more than the buffers of two connections hold.
+    large = write_tiny_bundle(tmp_path / "bundle", size=(1024, 1024), patch_size=4)
+    body = form_of_many(64, 1024)
     with fleet(large, tmp_path, [{"CAE_SERVING_MAX_PIXELS": "100000000"}]) as started:
         head = (
             f"POST /embed?outputs=patches HTTP/1.1\r\nHost: t\r\nAccept: application/x-npy\r\n"
@@ -267,14 +268,19 @@ def test_a_caller_who_takes_no_answer_holds_no_room_in_a_replica(tmp_path: Path)
             with started.trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
                 connection.sendall(head.encode() + body)
                 replica = started.replicas[0]
-                deadline = time.monotonic() + 60
-                while replica.sample('cae_requests_total{path="/embed",status="200"}') == 0:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.2)
-                assert replica.sample('cae_admitted_bytes{call="embed"}') == 0
+                wait_for(lambda: replica.sample('cae_images_total{call="embed"}') >= 64, 60)
+                # Before anybody loses patience, after 30 s.
+                wait_for(lambda: replica.sample('cae_admitted_bytes{call="embed"}') == 0, 15)
 
 
-def npy_of_many(count: int, side_px: int) -> bytes:
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def form_of_many(count: int, side_px: int) -> bytes:
     """A form with so many grey pictures: small as files, large as answers."""
     picture = encoded(np.full((3, side_px, side_px), 127, dtype=np.uint8))
     buffer = io.BytesIO()
