@@ -21,17 +21,19 @@ RUN apt-get update \
 # cpu: after `make lock-cpu`, where the index at hand has torch for the CPU.
 ARG VARIANT=cuda
 COPY docker/pipeline-${VARIANT}.lock /tmp/pipeline.lock
-RUN python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/pipeline.lock \
-    && rm /tmp/pipeline.lock
+# Without pip in it: what an image runs needs no installer.
+RUN python3 -m venv /opt/installer \
+    && python3 -m venv --without-pip /opt/venv \
+    && /opt/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
+        --require-hashes -r /tmp/pipeline.lock \
+    && rm -r /opt/installer /tmp/pipeline.lock
 
-# Written by tools that the image does without.
 FROM environment AS inventory
-COPY docker/tools.lock docker/inventory.sh /tmp/
+COPY docker/sbom.lock docker/inventory.sh /tmp/
 RUN sh /tmp/inventory.sh
 
 FROM environment
-COPY --from=inventory /opt/inventory/ /opt/inventory/
+COPY --from=inventory /opt/inventory/ /opt/
 COPY docker/pipeline-entrypoint.sh /usr/local/bin/in-repository
 # The same place as the mounted repository, whose own code therefore runs where there is one.
 WORKDIR /work
@@ -40,8 +42,10 @@ COPY params/ params/
 COPY cae/ cae/
 COPY pipeline/ pipeline/
 COPY serving/ serving/
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation --editable . \
-    && /opt/venv/bin/pip uninstall --yes pip
+RUN python3 -m venv /opt/installer \
+    && /opt/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
+        --no-deps --no-build-isolation --editable . \
+    && rm -r /opt/installer
 
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -9,18 +9,19 @@ ARG BASE=python:3.13-slim-bookworm
 FROM ${BASE} AS environment
 ARG VARIANT=cpu
 COPY docker/serving-${VARIANT}.lock /tmp/serving.lock
-RUN python3 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/serving.lock \
-    && /opt/venv/bin/pip uninstall --yes setuptools pip \
-    && rm /tmp/serving.lock
+# Without pip in it: what an image runs needs no installer.
+RUN python3 -m venv /opt/installer \
+    && python3 -m venv --without-pip /opt/venv \
+    && /opt/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
+        --require-hashes -r /tmp/serving.lock \
+    && rm -r /opt/installer /tmp/serving.lock
 
-# Written by tools that the image does without.
 FROM environment AS inventory
-COPY docker/tools.lock docker/inventory.sh /tmp/
+COPY docker/sbom.lock docker/inventory.sh /tmp/
 RUN sh /tmp/inventory.sh
 
 FROM environment
-COPY --from=inventory /opt/inventory/ /opt/inventory/
+COPY --from=inventory /opt/inventory/ /opt/
 WORKDIR /app
 COPY serving/ serving/
 ARG BUNDLE=docker/bundle

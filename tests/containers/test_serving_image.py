@@ -71,14 +71,14 @@ def test_the_image_says_what_it_is(name: str, request: pytest.FixtureRequest) ->
 @pytest.mark.parametrize("name", ["serving", "serving_cuda", "pipeline"])
 def test_the_inventory_lists_every_package_and_its_licence(name: str, request: pytest.FixtureRequest) -> None:
     image: Image = request.getfixturevalue(name)
-    bill = json.loads(image.shell("cat /opt/inventory/sbom.cdx.json"))
+    bill = json.loads(image.shell("cat /opt/sbom.cdx.json"))
     assert bill["bomFormat"] == "CycloneDX"
     listed = {f"{part['name']}=={part['version']}" for part in bill["components"]}
     script = "import importlib.metadata as m; print(*{f'{d.name}=={d.version}' for d in m.distributions()})"
     installed = set(image.shell(f'/opt/venv/bin/python -c "{script}"').split())
-    # The project itself is put in later, and pip is taken out.
+    # The project itself is put in after the list is made.
     assert {part for part in installed if not part.startswith("cae-pipe==")} <= listed
-    licences = image.shell("cat /opt/inventory/licenses.txt")
+    licences = image.shell("cat /opt/licenses.txt")
     assert all(part.split("==")[0] in licences for part in listed)
 
 
