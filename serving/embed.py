@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serving import openapi
-from serving.admission import Ticket
 from serving.answers import JSON, NPY, SAFETENSORS, negotiate, written
-from serving.bodies import Body, EmbedBody, read_body
+from serving.bodies import EmbedBody
 from serving.bundle_info import Output
-from serving.observe import Stages
-from serving.service import EmbedItem, Features, Service, unless_gone
+from serving.service import Admitted, EmbedItem, Features, Service, unless_gone
 
 # The names callers use, and the arrays of the bundle they stand for.
 OUTPUTS: dict[str, Output] = {
@@ -74,28 +72,23 @@ def router(service: Service) -> APIRouter:
         form = negotiate(request.headers.get("accept"), offered, hint)
         outputs = tuple(OUTPUTS[name] for name in query.names())
         service.bundle.check_outputs(outputs)
-        stages = Stages(service.metrics, service.embedding.name)
-        ticket = service.admit(service.embedding, request)
-        with stages.timed("read"):
-            body = await read_body(request, ticket, service.settings, EmbedBody, service.in_thread)
-        return await unless_gone(request, _answer(service, request, ticket, query, body, form, stages))
+        admitted = await service.admit(service.embedding, request, EmbedBody)
+        return await unless_gone(request, _answer(service, admitted, query, form))
 
     return routes
 
 
-async def _answer(
-    service: Service, request: Request, ticket: Ticket, query: EmbedQuery, body: Body, form: str, stages: Stages
-) -> Response:
-    with stages.timed("decode"):
-        images = await service.decode(service.embedding, body.images)
+async def _answer(service: Service, admitted: Admitted, query: EmbedQuery, form: str) -> Response:
+    with admitted.stages.timed("decode"):
+        images = await service.decode(service.embedding, admitted.body.images)
     outputs = tuple(OUTPUTS[name] for name in query.names())
-    results = await service.run(service.embedding, [EmbedItem(image, outputs) for image in images], stages)
+    results = await service.run(service.embedding, [EmbedItem(image, outputs) for image in images], admitted.stages)
     num_bytes = sum(array.nbytes for result in results for array in result.values())
-    write = functools.partial(_write, service, request, query, results, form)
-    with stages.timed("encode"):
+    write = functools.partial(_write, service, admitted.request, query, results, form)
+    with admitted.stages.timed("encode"):
         # What is long would hold up others.
         data = await service.in_thread(write) if form == JSON or num_bytes > _LARGE_BYTES else write()
-    return service.response(request, ticket, data, form, stages)
+    return service.response(admitted, data, form)
 
 
 def _write(service: Service, request: Request, query: EmbedQuery, results: list[Features], form: str) -> bytes:

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serving import masks, openapi, preprocess
-from serving.admission import Ticket
 from serving.answers import JSON, NPY, PNG, SAFETENSORS, negotiate, written
-from serving.bodies import Body, ReconstructBody, read_body
+from serving.bodies import Body, ReconstructBody
 from serving.masks import Mask
-from serving.observe import Stages
-from serving.service import Pixels, ReconstructItem, Service, unless_gone
+from serving.service import Admitted, Pixels, ReconstructItem, Service, unless_gone
 
 
 class ReconstructQuery(BaseModel):
@@ -96,32 +94,21 @@ def router(service: Service) -> APIRouter:
         offered = [PNG, JSON, NPY, SAFETENSORS]
         form = negotiate(request.headers.get("accept"), offered, f"leave Accept out to get {PNG}")
         service.bundle.check_capability("skip_reconstruct" if query.skip_regressor else "reconstruct")
-        stages = Stages(service.metrics, service.reconstruction.name)
-        ticket = service.admit(service.reconstruction, request)
-        with stages.timed("read"):
-            body = await read_body(request, ticket, service.settings, ReconstructBody, service.in_thread)
-        return await unless_gone(request, _answer(service, request, ticket, query, body, form, stages))
+        admitted = await service.admit(service.reconstruction, request, ReconstructBody)
+        return await unless_gone(request, _answer(service, admitted, query, form))
 
     return routes
 
 
-async def _answer(
-    service: Service,
-    request: Request,
-    ticket: Ticket,
-    query: ReconstructQuery,
-    body: Body,
-    form: str,
-    stages: Stages,
-) -> Response:
-    hidden = await service.in_thread(_hidden, service, query, body)
-    with stages.timed("decode"):
-        (image,) = await service.decode(service.reconstruction, body.images)
+async def _answer(service: Service, admitted: Admitted, query: ReconstructQuery, form: str) -> Response:
+    hidden = await service.in_thread(_hidden, service, query, admitted.body)
+    with admitted.stages.timed("decode"):
+        (image,) = await service.decode(service.reconstruction, admitted.body.images)
     item = ReconstructItem(image, hidden.mask if hidden else None)
-    (reconstruction,) = await service.run(service.reconstruction, [item], stages)
-    with stages.timed("encode"):
-        data = await service.in_thread(_write, service, request, query, image, hidden, reconstruction, form)
-    return service.response(request, ticket, data, form, stages, _echo(hidden))
+    (reconstruction,) = await service.run(service.reconstruction, [item], admitted.stages)
+    with admitted.stages.timed("encode"):
+        data = await service.in_thread(_write, service, admitted.request, query, image, hidden, reconstruction, form)
+    return service.response(admitted, data, form, _echo(hidden))
 
 
 def _hidden(service: Service, query: ReconstructQuery, body: Body) -> Hidden | None:

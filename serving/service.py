@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from serving import preprocess
 from serving.admission import Admission, Ticket
 from serving.batcher import Batcher, Lane, Times
-from serving.bodies import declared_bytes
+from serving.bodies import Body, EmbedBody, declared_bytes, read_body
 from serving.bundle import Bundle
 from serving.bundle_info import Output
 from serving.errors import retry_later
@@ -56,6 +56,15 @@ class ReconstructItem(NamedTuple):
 
     image: Pixels
     mask: Mask | None
+
+
+class Admitted(NamedTuple):
+    """A request that was let in: its room, its body, and its time in each stage."""
+
+    request: Request
+    ticket: Ticket
+    body: Body
+    stages: Stages
 
 
 class Call:
@@ -171,9 +180,10 @@ class Service:
         if not self.ready:
             raise retry_later(503, "not_ready", "the server is warming up" if self.live else "the server has failed")
 
-    def admit(self, call: Call, request: Request) -> Ticket:
-        """Room for the request until it is answered. Errors: ApiError 503, 413; QueueFullError."""
+    async def admit(self, call: Call, request: Request, model: type[EmbedBody]) -> Admitted:
+        """Room for the request until it is answered, and then its body. Errors: ApiError 503; as `read_body`."""
         self.check_ready()
+        stages = Stages(self.metrics, call.name)
         ticket = call.admission.admit(declared_bytes(request, self.settings.bytes_per_request))
 
         def end() -> None:
@@ -181,7 +191,9 @@ class Service:
             ticket.give_back()
 
         request.state.at_end.append(end)
-        return ticket
+        with stages.timed("read"):
+            body = await read_body(request, ticket, self.settings, model, self.in_thread)
+        return Admitted(request, ticket, body, stages)
 
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """The result of `work` from a worker thread, so that the event loop stays free."""
@@ -217,23 +229,17 @@ class Service:
         return [result for result, _ in outcomes]
 
     def response(
-        self,
-        request: Request,
-        ticket: Ticket,
-        data: bytes,
-        form: str,
-        stages: Stages,
-        headers: Mapping[str, str] = MappingProxyType({}),
+        self, admitted: Admitted, data: bytes, form: str, headers: Mapping[str, str] = MappingProxyType({})
     ) -> Response:
         """A success, with what every success says in its headers, and `headers`."""
-        request.state.facts.update(stages.milliseconds())
-        ticket.charge_answer(len(data))
+        admitted.request.state.facts.update(admitted.stages.milliseconds())
+        admitted.ticket.charge_answer(len(data))
         rows, columns = self.bundle.info.model.grid
         common = {
             "X-Patch-Grid": f"{rows}x{columns}",
             "X-Bundle-Sha256": self.bundle.sha256,
             "X-Precision": self.bundle.precision,
-            "Server-Timing": stages.server_timing(),
+            "Server-Timing": admitted.stages.server_timing(),
         }
         return Response(data, media_type=form, headers={**common, **headers})
 
