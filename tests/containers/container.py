@@ -39,9 +39,9 @@ class Image:
         """Exit code and output of a container that ends by itself."""
         return self.engine.outcome("docker", "run", "--rm", *self.engine.network, *options, self.name, *command)
 
-    def shell(self, script: str, options: tuple[str, ...] = ()) -> str:
+    def shell(self, script: str) -> str:
         """Output of a script that must succeed, in place of what the image runs."""
-        code, output = self.outcome("-c", script, options=("--entrypoint", "sh", *options))
+        code, output = self.outcome("-c", script, options=("--entrypoint", "sh"))
         assert code == 0, output
         return output
 

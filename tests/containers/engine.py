@@ -127,6 +127,8 @@ def _daemon(folder: Path) -> Iterator[Engine]:
     finally:
         daemon.terminate()
         daemon.wait(timeout=START_S)
+        # dockerd leaves it mounted, and the folder could not be deleted.
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
 
 
 def _make_base(engine: Engine, folder: Path) -> None:
