@@ -18,8 +18,9 @@ RUN apt-get update \
     && git config --system --add safe.directory /work \
     # Whoever the caller is, there is a home to write to.
     && mkdir --mode=1777 /home/cae
-# cpu: after `make lock-cpu`, where the index at hand has torch for the CPU.
+# cpu: after `make lock-cpu`, with --build-arg PIP_EXTRA_INDEX_URL=... of an index that has torch for the CPU.
 ARG VARIANT=cuda
+ARG PIP_EXTRA_INDEX_URL
 COPY docker/pipeline-${VARIANT}.lock /tmp/pipeline.lock
 # Without pip in it: what an image runs needs no installer.
 RUN python3 -m venv /opt/installer \
