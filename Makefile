@@ -57,7 +57,8 @@ images:  ## build the images cae-serving, cae-serving:cuda and cae-pipeline; ARG
 	docker build $(BUILD) -f docker/serving.Dockerfile --build-arg VARIANT=cuda -t cae-serving:cuda .
 	docker build $(BUILD) -f docker/pipeline.Dockerfile -t cae-pipeline .
 
-BUILD = --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) $(ARGS)
+BUILD = --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$(REVISION) $(ARGS)
+REVISION = $$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo -dirty)
 
 lint-containers: $(TOOLS_STAMP)  ## hadolint, and the schemas of Compose and Kubernetes
 	$(TOOLS)/bin/hadolint docker/*.Dockerfile

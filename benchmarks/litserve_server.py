@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from fastapi import Response
 from litserve import LitAPI, LitServer
 from numpy.typing import NDArray
 
 from serving.machine import available_cpus
+from serving.ort import onnxruntime
 from serving.preprocess import PILLOW_MAX_PIXELS, Preprocessing, decode, prepare
 
 BATCH_SIZE, BATCH_WAIT_S = 8, 0.010

@@ -11,10 +11,10 @@ import sys
 import time
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from serving.machine import available_cpus
+from serving.ort import onnxruntime
 
 
 def measure(

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs a command in the repository that is mounted at /work, if its files will belong to the repository's owner.
+# Runs a command in the repository that is mounted at /work, as its owner. Another user than root may, too, where the folder is open to
+# everybody: so it looks where the engine translates owners (Docker Desktop), and there files end up as the caller's.
 set -eu
 uid=$(id -u)
 owner=$(stat --format %u .)

@@ -5,6 +5,7 @@
 #   docker run ... cae-pipeline cae-pipe doctor                                                                 any command
 # A base needs apt and Python 3.11 to 3.13; it brings no CUDA, for the wheels do. A Debian or Ubuntu does as well:
 #   --build-arg BASE=ubuntu:24.04
+# This default has not been pulled yet: the image was built and tested on a Debian 12.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 # hadolint ignore=DL3006
@@ -20,6 +21,8 @@ RUN apt-get update \
     && mkdir --mode=1777 /home/cae
 # cpu: after `make lock-cpu`, with --build-arg PIP_EXTRA_INDEX_URL=... of an index that has torch for the CPU.
 ARG VARIANT=cuda
+# Without passwords, which the image's history would show.
+ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 COPY docker/pipeline-${VARIANT}.lock /tmp/pipeline.lock
 # Without pip in it: what an image runs needs no installer.
@@ -51,11 +54,13 @@ RUN python3 -m venv /opt/installer \
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     HOME=/home/cae \
-    DVC_SITE_CACHE_DIR=/home/cae/dvc \
+    # PyTorch's compiler asks for a name, and the number of the caller has none.
     USER=cae \
-    # In the repository, for what a hub gave should outlive the container.
+    # In the repository, for downloads and the hashes that DVC remembers should outlive the container.
     HF_HOME=/work/data/downloads/huggingface \
+    DVC_SITE_CACHE_DIR=/work/.dvc/tmp/site-cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

@@ -2,12 +2,15 @@
 #   docker build -f docker/serving.Dockerfile -t cae-serving .                                  CPU
 #   docker build -f docker/serving.Dockerfile --build-arg VARIANT=cuda -t cae-serving:cuda .    GPU, with CUDA and cuDNN
 #   ... --build-arg BUNDLE=models/bundle -t my-encoder .                                        with the bundle in it
-# Name a digest for a base that must not change: --build-arg BASE=python:3.13-slim-bookworm@sha256:...
+# Name a digest for a base that must not change: --build-arg BASE=python:3.13-slim-bookworm@sha256:... This default has not been pulled
+# yet: the images were built and tested on a Debian 12.
 ARG BASE=python:3.13-slim-bookworm
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS environment
 ARG VARIANT=cpu
+# A mirror of PyPI; without a password, which the image's history would show.
+ARG PIP_INDEX_URL
 COPY docker/serving-${VARIANT}.lock /tmp/serving.lock
 # Without pip in it: what an image runs needs no installer.
 RUN python3 -m venv /opt/installer \
@@ -30,6 +33,7 @@ COPY ${BUNDLE}/ /bundle/
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     CAE_SERVING_BUNDLE=/bundle \
     CAE_SERVING_HOST=0.0.0.0 \
@@ -47,6 +51,6 @@ LABEL org.opencontainers.image.title="cae-pipe serving" \
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['CAE_SERVING_PORT'] + '/health/ready', timeout=4)"]
 ENTRYPOINT ["python", "-m", "serving"]

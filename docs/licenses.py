@@ -49,7 +49,8 @@ something of its own and is all that uses them, under terms consistent with NVID
 themselves, nor be taken apart, nor come under a licence that asks for their source. Read which files may be
 distributed (Attachment A of CUDA's agreement, the supplement of cuDNN's) before a CUDA image is passed on. The base
 `nvidia/cuda` has an agreement of its own. The image `serving-cpu` holds nothing of NVIDIA's."""
-GPL = """In the pipeline's image alone, where DVC brings them; the server has none. pygit2 (libgit2 is inside) is
+GPL = """Of the Python packages, in the pipeline's image alone, where DVC brings them; the server has none. (Every base
+image has programs under the GPL, and the pipeline's adds Git.) pygit2 (libgit2 is inside) is
 under version 2 of the GPL with an exception for programs that link to it. grandalf and asyncssh leave the choice of
 the Eclipse Public License. Who passes the image on passes these texts on with it, and offers the source of exactly
 these versions: keep their source distributions."""

@@ -103,8 +103,9 @@ def processor(workspace: Workspace) -> Iterator[Finding]:
 
 def gpu(workspace: Workspace) -> Iterator[Finding]:
     """CUDA as torch has it, tried by a sum on every device, and the providers of onnxruntime."""
-    import onnxruntime
     import torch
+
+    from serving.ort import onnxruntime
 
     wants_cuda = (params := valid_params(workspace)) is not None and params.runtime.device == "cuda"
     with warnings.catch_warnings(record=True) as said:

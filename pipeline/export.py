@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from pipeline.graphs import EncoderGraph, ReconstructorGraph, SkipReconstructorG
 from pipeline.model_card import model_card
 from pipeline.workspace import Workspace, published
 from serving.masks import random_mask
+from serving.ort import onnxruntime
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -29,6 +28,7 @@ from pipeline.frozen_features import (
     train_head,
 )
 from pipeline.workspace import Workspace
+from serving.ort import onnxruntime
 
 # int8 takes the range of its activations over a whole batch, so one odd image costs the others their precision. The
 # gate must see mixed batches, and larger ones than a server makes on a CPU (8, unless it is told otherwise).

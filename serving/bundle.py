@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from serving.bundle_info import (
@@ -33,6 +32,7 @@ from serving.bundle_info import (
 )
 from serving.machine import available_cpus, has_nvidia_device
 from serving.masks import Mask, MaskKind, block_mask, random_mask
+from serving.ort import onnxruntime
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -179,6 +179,8 @@ def read_info(folder: Path) -> tuple[BundleInfo, str]:
     path = folder / "bundle.json"
     try:
         raw = path.read_bytes()
+    except PermissionError as error:
+        raise BundleError(_forbidden(path)) from error
     except OSError as error:
         kind = BundleMissingError if isinstance(error, FileNotFoundError) else BundleError
         raise kind(
@@ -196,12 +198,21 @@ def read_info(folder: Path) -> tuple[BundleInfo, str]:
     return info, hashlib.sha256(raw).hexdigest()
 
 
+def _forbidden(path: Path) -> str:
+    return (
+        f"{path}: may not be read by the user as whom this runs (10001 in the server's image); "
+        "`chmod -R a+rX` on the folder of the bundle opens it for everybody"
+    )
+
+
 def verify(path: Path, seal: FileInfo) -> None:
     remedy = "Copy or export the bundle again (`make repro`)"
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
+    except PermissionError as error:
+        raise BundleError(_forbidden(path)) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}), but bundle.json lists it. {remedy}") from error
     if (digest, size) != (seal.sha256, seal.bytes):

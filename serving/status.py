@@ -7,13 +7,13 @@ from typing import Any
 
 import fastapi
 import numpy as np
-import onnxruntime
 import PIL
 from fastapi import APIRouter, Response
 
 from serving import metrics, preprocess
 from serving.answers import PNG
 from serving.errors import ApiError, ErrorBody, retry_later
+from serving.ort import onnxruntime
 from serving.service import Service
 
 

@@ -42,25 +42,22 @@ class Engine:
         """Of `docker build`, on this engine."""
         return (*self.network, *(("--build-arg", f"BASE={self.base}") if self.base else ()))
 
-    def start(
-        self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**os.environ, **self.environment, **(environment or {})},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
     def outcome(
         self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> tuple[int, str]:
         """Exit code and output of a command that may fail."""
-        process = self.start(*command, cwd=cwd, environment=environment)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, output
+        # Compose would name its project after the folder, and another project may have the same name.
+        own = {"COMPOSE_PROJECT_NAME": "cae-pipe-test", **self.environment}
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, **own, **(environment or {})},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+        )
+        return done.returncode, done.stdout
 
     def run(self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
         """Output of a command that must succeed."""

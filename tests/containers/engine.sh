@@ -24,7 +24,7 @@ unpack)
     # docker-cli is a package of its own only in newer releases.
     apt-get --quiet --quiet download docker.io containerd runc tini debootstrap
     apt-get --quiet --quiet download docker-cli 2>/dev/null || true
-    compose_of_a_newer_debian || echo "warning: no Compose to be had" >&2
+    compose_of_a_newer_debian
     for package in *.deb; do
         dpkg-deb --extract "$package" "$folder/root"
     done

@@ -50,9 +50,20 @@ def test_the_cpu_image_is_small(serving: Image) -> None:
 @pytest.mark.parametrize("name", ["serving", "serving_cuda"])
 def test_only_what_serves_is_in_it(name: str, request: pytest.FixtureRequest) -> None:
     image: Image = request.getfixturevalue(name)
-    found = image.shell("ls /opt/venv/lib/python3*/site-packages; command -v gcc cc c++ make git || true")
-    assert not {"torch", "timm", "dvc", "pip", "setuptools"} & set(found.split())
-    assert [path for path in found.split() if path.endswith(("/gcc", "/cc", "/c++", "/make", "/git"))] == []
+    assert not {"torch", "timm", "dvc", "pip", "setuptools"} & set(
+        image.shell("ls /opt/venv/lib/python3*/site-packages").split()
+    )
+    assert programs(image, "gcc", "cc", "c++", "ld", "make", "git") == []
+
+
+def programs(image: Image, *names: str) -> list[str]:
+    """Those of them that are there."""
+    return image.shell(f"for name in {' '.join(names)}; do command -v $name; done; true").split()
+
+
+def test_the_pipeline_has_no_compiler(pipeline: Image) -> None:
+    assert programs(pipeline, "gcc", "cc", "c++", "ld", "make") == []
+    assert programs(pipeline, "git") == ["/usr/bin/git"]
 
 
 @pytest.mark.parametrize("name", ["serving", "serving_cuda", "pipeline"])
@@ -61,9 +72,8 @@ def test_the_image_says_what_it_is(name: str, request: pytest.FixtureRequest) ->
     logger.info("%s: %.0f MB", image.name, image.size_mb)
     configuration = image.inspect()["Config"]
     labels = configuration["Labels"]
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    revision = subprocess.run(described, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    assert labels["org.opencontainers.image.revision"] == revision
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == head.stdout.strip()
     assert f'version = "{labels["org.opencontainers.image.version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert configuration["User"] == "10001:10001"
 
@@ -116,7 +126,7 @@ def test_it_may_do_nothing_but_serve(serving: Image, tiny_bundle: Path, picture:
         assert [path for path in changed if path.startswith("/") and path not in ("/bundle", "/tmp")] == []
 
 
-def test_its_health_turns_healthy_and_unhealthy_is_told_apart(serving: Image, tiny_bundle: Path) -> None:
+def test_its_health_turns_healthy_and_the_check_fails_where_nothing_serves(serving: Image, tiny_bundle: Path) -> None:
     with serving_from(serving, tiny_bundle) as server:
         deadline = time.monotonic() + 40
         while (health := server.container.inspect()["State"]["Health"])["Status"] != "healthy":
@@ -133,7 +143,7 @@ def test_sigterm_drains(serving: Image, picture: bytes, tmp_path: Path) -> None:
     with serving_from(serving, slow, {"CAE_SERVING_MAX_BATCH_SIZE": "1"}) as server, ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(server.client.post, "/embed", content=picture) for _ in range(8)]
         _wait_until_admitted(server.client, 8)
-        serving.engine.run("docker", "stop", "--time", "30", server.container.identity)
+        serving.engine.run("docker", "stop", "-t", "30", server.container.identity)
         assert [answer.result().status_code for answer in answers] == [200] * 8
         assert server.container.exit_code() == 0
 
@@ -224,4 +234,5 @@ def test_memory_and_time_to_ready_with_vit_small(serving: Image, tmp_path: Path)
             server.ready_s,
             peak_kib / 1024,
         )
-        assert peak_kib < 4 * 2**20
+        # Of the 4 GB that compose.yaml gives it.
+        assert peak_kib < 2**20

@@ -42,6 +42,23 @@ def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path) -> None:
     assert "make repro" in refused("--bundle", str(tmp_path / "nowhere"), code=5)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["bundle.json", "encoder.onnx"])
+def test_a_bundle_of_somebody_elses_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+    folder = write_tiny_bundle(tmp_path)
+    (folder / name).chmod(0)
+    assert "chmod -R a+rX" in refused("--bundle", str(folder))
+
+
+def test_onnx_runtime_collects_nothing(tmp_path: Path) -> None:
+    """It would keep an identity and what it has to send in the home of the user."""
+    bundle, home = write_tiny_bundle(tmp_path / "bundle"), tmp_path / "home"
+    home.mkdir()
+    with running(bundle, tmp_path / "log", {"HOME": str(home)}) as server:
+        httpx.post(server.url + "/embed", content=(ROOT / "docs/images/digit.png").read_bytes())
+    assert list(home.iterdir()) == []
+
+
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_bundle(tmp_path)
     with (folder / "encoder.onnx").open("ab") as file:
