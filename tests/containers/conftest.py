@@ -41,23 +41,25 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def images(engine: Engine) -> None:
-    """`make images`, as a user calls it."""
+def images(engine: Engine) -> str:
+    """`make images`, as a user calls it; the revision that they were built from."""
+    head = engine.run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
     engine.run("make", "images", f"ARGS={' '.join(engine.build_arguments)}", cwd=ROOT)
+    return head
 
 
 @pytest.fixture(scope="session")
-def serving(engine: Engine, images: None) -> Image:
+def serving(engine: Engine, images: str) -> Image:
     return Image(engine, "cae-serving")
 
 
 @pytest.fixture(scope="session")
-def serving_cuda(engine: Engine, images: None) -> Image:
+def serving_cuda(engine: Engine, images: str) -> Image:
     return Image(engine, "cae-serving:cuda")
 
 
 @pytest.fixture(scope="session")
-def pipeline(engine: Engine, images: None) -> Image:
+def pipeline(engine: Engine, images: str) -> Image:
     return Image(engine, "cae-pipeline")
 
 

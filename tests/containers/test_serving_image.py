@@ -67,13 +67,12 @@ def test_the_pipeline_has_no_compiler(pipeline: Image) -> None:
 
 
 @pytest.mark.parametrize("name", ["serving", "serving_cuda", "pipeline"])
-def test_the_image_says_what_it_is(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_image_says_what_it_is(name: str, images: str, request: pytest.FixtureRequest) -> None:
     image: Image = request.getfixturevalue(name)
     logger.info("%s: %.0f MB", image.name, image.size_mb)
     configuration = image.inspect()["Config"]
     labels = configuration["Labels"]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == head.stdout.strip()
+    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == images
     assert f'version = "{labels["org.opencontainers.image.version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert configuration["User"] == "10001:10001"
 
@@ -200,7 +199,7 @@ def test_the_cuda_image_brings_every_library_but_the_driver(serving_cuda: Image)
 
 
 def test_a_bundle_can_be_built_in_and_nothing_hidden_goes_along(
-    engine: Engine, images: None, checkout: Callable[[str], Path], tiny_bundle: Path, picture: bytes
+    engine: Engine, images: str, checkout: Callable[[str], Path], tiny_bundle: Path, picture: bytes
 ) -> None:
     context = checkout("context")
     shutil.copytree(tiny_bundle, context / "models/bundle")
