@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import httpx
 
 from tests.containers.engine import Engine
+from tests.serving.running_server import free_port, wait_until_ready
 
 START_S = 60
-# What compose.yaml sets, too.
+# As in compose.yaml, with room for fewer threads.
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 HARDENED += ("--memory", "4g", "--pids-limit", "512")
 
@@ -56,6 +56,9 @@ class Container:
     def inspect(self) -> dict[str, Any]:
         return json.loads(self.engine.run("docker", "inspect", self.identity))[0]
 
+    def is_running(self) -> bool:
+        return bool(self.inspect()["State"]["Running"])
+
     def execute(self, *command: str) -> tuple[int, str]:
         return self.engine.outcome("docker", "exec", self.identity, *command)
 
@@ -90,9 +93,7 @@ def running(image: Image, *command: str, options: tuple[str, ...] = ()) -> Itera
 @contextmanager
 def serving(image: Image, bundle: Path | None, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
     """The image's server, ready; `bundle` None for an image with a bundle in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = [*HARDENED, *(("--volume", f"{bundle}:/bundle:ro") if bundle else ())]
     if image.engine.has_bridge:
         options += ["--publish", f"127.0.0.1:{port}:8000"]
@@ -100,21 +101,7 @@ def serving(image: Image, bundle: Path | None, settings: Mapping[str, str] | Non
         options += ["--env", "CAE_SERVING_HOST=127.0.0.1", "--env", f"CAE_SERVING_PORT={port}"]
     for name, value in (settings or {}).items():
         options += ["--env", f"{name}={value}"]
-    started = time.monotonic()
-    with (
-        running(image, options=tuple(options)) as container,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
-    ):
-        _wait_until_ready(client, container)
+    url, started = f"http://127.0.0.1:{port}", time.monotonic()
+    with running(image, options=tuple(options)) as container, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until_ready(url, START_S, container.is_running, container.logs)
         yield Server(container, client, time.monotonic() - started)
-
-
-def _wait_until_ready(client: httpx.Client, container: Container) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        with suppress(httpx.TransportError):
-            if client.get("/health/ready").status_code == 200:
-                return
-        # On two cores a caller that asks all the time would delay what it waits for.
-        time.sleep(0.1)
-    raise AssertionError(f"the container did not become ready:\n{container.logs()}")

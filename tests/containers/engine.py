@@ -34,6 +34,11 @@ class Engine:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Of a process that speaks to this engine."""
+        return {**os.environ, **self.environment}
+
+    @property
     def network(self) -> tuple[str, ...]:
         return () if self.has_bridge else ("--network", "host")
 
@@ -47,11 +52,11 @@ class Engine:
     ) -> tuple[int, str]:
         """Exit code and output of a command that may fail."""
         # Compose would name its project after the folder, and another project may have the same name.
-        own = {"COMPOSE_PROJECT_NAME": "cae-pipe-test", **self.environment}
+        project = {"COMPOSE_PROJECT_NAME": "cae-pipe-test"}
         done = subprocess.run(
             command,
             cwd=cwd,
-            env={**os.environ, **own, **(environment or {})},
+            env={**self.variables, **project, **(environment or {})},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -132,14 +137,12 @@ def _make_base(engine: Engine, folder: Path) -> None:
     if _has_base(engine):
         return
     logger.info("making a base image, since no registry of images is asked here")
-    with subprocess.Popen(
-        [SCRIPT, "base", folder], env={**os.environ, **engine.environment}, stdout=subprocess.PIPE
-    ) as made:
+    with subprocess.Popen([SCRIPT, "base", folder], env=engine.variables, stdout=subprocess.PIPE) as made:
         certificates = "ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt"
         imported = subprocess.run(
             ["docker", "import", "--change", certificates, "-", LOCAL_BASE],
             stdin=made.stdout,
-            env={**os.environ, **engine.environment},
+            env=engine.variables,
             capture_output=True,
             text=True,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import shutil
 import subprocess
 import time
@@ -211,9 +210,7 @@ def test_a_bundle_can_be_built_in_and_nothing_hidden_goes_along(
     image = Image(engine, "cae-serving:with-bundle")
     with serving_from(image, None) as server:
         assert server.client.post("/embed", content=picture).status_code == 200
-    saved = subprocess.run(
-        ["docker", "save", image.name], env={**os.environ, **engine.environment}, check=True, capture_output=True
-    ).stdout
+    saved = subprocess.run(["docker", "save", image.name], env=engine.variables, check=True, capture_output=True).stdout
     assert (tiny_bundle / "bundle.json").read_bytes() in saved
     assert SECRET.encode() not in saved
 

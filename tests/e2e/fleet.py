@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.serving.running_server import free_port, wait_until_ready
 from tests.tiny import ROOT
 
 EXAMPLE = ROOT / "docker/examples/nginx.conf"
@@ -30,7 +31,7 @@ class Replica:
     """One `python -m serving` that can be stopped, killed and started again on its port."""
 
     def __init__(self, bundle: Path, log: Path, environment: Mapping[str, str]) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._bundle, self._log, self._environment = bundle, log, environment
         self.process = self._started()
@@ -47,15 +48,7 @@ class Replica:
             )
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        pytest.fail(f"the replica did not become ready:\n{self._log.read_text()}")
+        wait_until_ready(self.url, START_S, lambda: self.process.poll() is None, self._log.read_text)
 
     def restart(self) -> None:
         """As an orchestrator does: SIGTERM, wait for the end, start again, wait until it is ready."""
@@ -117,7 +110,7 @@ def fleet(
         command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
         names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
         subprocess.run([*command, *names], check=True, capture_output=True)
-        port = _free_port()
+        port = free_port()
         config = folder / "nginx.conf"
         config.write_text(_example_for([replica.port for replica in replicas], port, folder, location))
         log = folder / "nginx.log"
@@ -166,10 +159,3 @@ def _nginx(config: Path, log: Path, port: int) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(START_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
