@@ -1,5 +1,6 @@
 """One update of the weights: forward, backward, clipping, optimizer; nothing in it waits for the device."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -54,8 +55,7 @@ class TrainStep:
         self.ranks = Ranks.from_environment()
         self.forward: nn.Module = _Forward(module, function)
         if in_group() and not isinstance(module, FSDPModule):
-            # Buffers are constants: positions, means, deviations.
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.forward = _data_parallel(self.forward)
 
     def __call__(self, micro_batches: list[Batch], step: int) -> StepResult:
         """The micro-batches of this process, on the CPU."""
@@ -118,6 +118,14 @@ class TrainStep:
             self.optimizer.step()
         elif not bool(skip):
             self.optimizer.step()
+
+
+def _data_parallel(module: nn.Module) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # The name that torch 2.15 wants is unknown to those before it.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers are constants: positions, means, deviations.
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class _Forward(nn.Module):
