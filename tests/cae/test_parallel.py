@@ -112,7 +112,7 @@ def test_asked_to_stop_one_process_all_save_and_stop_after_the_same_step(tmp_pat
     processes[1].send_signal(signal.SIGUSR1)
     ended = finish(processes)
     assert {code for code, _ in ended} == {1}, "Interrupted is a Python error here; `cae-pipe` gives it a code"
-    messages = {stderr.strip().splitlines()[-1] for _, stderr in ended}
+    messages = {stderr.strip().splitlines()[-1].partition(": ")[2] for _, stderr in ended}
     assert len(messages) == 1
     assert "stopped by SIGUSR1 after step" in messages.pop()
     train(folder, 2, "fsdp")
