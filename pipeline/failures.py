@@ -6,6 +6,7 @@ Nothing heavy is imported here: libraries are only looked at where the failing c
 import errno
 import os
 import select
+import signal
 import sys
 import tempfile
 import traceback
@@ -60,6 +61,9 @@ def report(error: BaseException) -> int:
     Errors that the user can mend have no traceback unless CAE_PIPE_DEBUG is set. The traceback of any other error goes
     to a file, which the message names.
     """
+    if "RANK" in os.environ:
+        # The launcher ends all ranks when one fails; one that fails by itself keeps its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     debug = debugging()
     if debug:
         traceback.print_exception(error)

@@ -104,9 +104,9 @@ def launch(command: Sequence[str], machines: Machines, logs: Path) -> int:
     Rank 0 has the terminal; what the others write goes to files in `logs`, and is shown where one of them fails.
     SIGTERM, SIGINT and SIGUSR1 reach every rank as they are; after GRACE_S seconds those left are killed, and the code
     is 128 + signal. When a rank fails the others are ended in the same way, and the code is that of the first one to
-    fail, or 1 where a signal ended it.
+    fail, or 1 where a signal ended it. It is also 1 when the other machines do not come.
 
-    Raises UserError when the other machines do not come.
+    Raises UserError when the port that they are to meet at is taken.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -126,7 +126,7 @@ def launch(command: Sequence[str], machines: Machines, logs: Path) -> int:
     except ChildFailedError as failed:
         return _report(failed.failures, machines, logs)
     except DistError as error:
-        raise UserError(_missing(machines, str(error))) from error
+        return _report_missing(machines, str(error))
     return ExitCode.DONE
 
 
@@ -226,15 +226,22 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _missing(machines: Machines, reason: str) -> str:
-    place = f"{machines.address}:{machines.port}" if machines.num_machines > 1 else "localhost"
+def _report_missing(machines: Machines, reason: str) -> int:
+    """Log that the machines did not meet; the exit code, which is none of the user's: the next start may find them."""
+    place = f"{machines.address}:{machines.port}"
     if "address already in use" in reason.lower():
-        return f"PET_MASTER_PORT: {place} is taken by another program; give another port, the same on every machine"
-    return (
-        f"machine {machines.machine} of {machines.num_machines}: the machines did not meet at {place} within "
-        f"{MACHINES_TIMEOUT_S} s; expected the same command on each, with the same PET_NNODES, PET_MASTER_ADDR and "
-        f"PET_MASTER_PORT, and PET_NODE_RANK 0 to {machines.num_machines - 1} ({reason.splitlines()[0]})"
+        raise UserError(f"PET_MASTER_PORT: {place} is taken by another program; set another port on every machine")
+    logger.error(
+        "machine %d of %d: the machines did not meet at %s within %d s; expected the same command on each, with the "
+        "same PET_NNODES, PET_MASTER_ADDR and PET_MASTER_PORT, and PET_NODE_RANK 0 to %d (%s)",
+        machines.machine,
+        machines.num_machines,
+        place,
+        MACHINES_TIMEOUT_S,
+        machines.num_machines - 1,
+        reason.splitlines()[0],
     )
+    return ExitCode.UNEXPECTED
 
 
 def _processes(runtime: RuntimeConfig) -> int:

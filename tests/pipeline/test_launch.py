@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,8 +158,16 @@ def test_two_machines_make_one_training_with_rank_0_on_machine_0(start: Start, t
 
 def test_a_machine_that_never_comes_is_missed(start: Start) -> None:
     code, errors = outcome(start("ends", LAUNCHED_TIMEOUT_S="2", **two_machines(free_port())[0]))
+    # Not 2, after which the Job of Kubernetes gives up.
+    assert code == 1
+    assert "machine 0 of 2: the machines did not meet at 127.0.0.1:" in errors
+
+
+def test_a_port_that_is_taken_is_named(start: Start) -> None:
+    with socket.create_server(("", 0)) as taken:
+        code, errors = outcome(start("ends", **two_machines(taken.getsockname()[1])[0]))
     assert code == 2
-    assert "error: machine 0 of 2: the machines did not meet at 127.0.0.1:" in errors
+    assert "error: PET_MASTER_PORT: 127.0.0.1:" in errors
 
 
 @pytest.fixture
