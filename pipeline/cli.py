@@ -309,3 +309,8 @@ def main() -> None:
     for package in ("cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
     failures.run(app)
+
+
+if __name__ == "__main__":
+    # `torchrun -m pipeline.cli pretrain`, and the ranks that `pipeline.launch` starts.
+    main()
