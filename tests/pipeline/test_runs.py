@@ -141,7 +141,7 @@ def test_force_with_nothing_to_go_on_from_is_refused(
     tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
 ) -> None:
     workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
-    with pytest.raises(UserError, match="--force: .* has no checkpoint of pretrain"):
+    with pytest.raises(UserError, match=r"--force: .* has no checkpoint of pretrain"):
         pretrain.run(workspace.forced())
 
 
