@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath, RelPosBias
+from timm.layers import RelPosBias
 from torch import Tensor, nn
+
+from cae.drop_path import DropPath
 
 # Epsilon of every LayerNorm in the official models.
 NORM_EPS = 1e-6
