@@ -28,8 +28,8 @@ MEMORY_TEXTS = (
     "Failed to allocate memory",
     "killed by signal: Killed",
 )
-# gloo's. NCCL's errors have a class of their own.
-LOST_RANK_TEXTS = ("Connection closed by peer", "Connection reset by peer")
+# gloo's. Those of NCCL and of the store have a class of their own.
+LOST_RANK_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 SHARED_MEMORY_TEXTS = ("killed by signal: Bus error", "out of shared memory", "unable to allocate shared memory")
 
 
