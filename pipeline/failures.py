@@ -28,15 +28,8 @@ MEMORY_TEXTS = (
     "Failed to allocate memory",
     "killed by signal: Killed",
 )
-# gloo's. NCCL's errors have a class of their own.
-LOST_RANK_TEXTS = ("Connection closed by peer", "Connection reset by peer")
-# Of gloo and of NCCL, where another process of the same training is gone.
-PEER_TEXTS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "remote process exited",
-    "NCCL communicator was aborted",
-)
+# gloo's. Those of NCCL and of the store have a class of their own.
+LOST_RANK_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 SHARED_MEMORY_TEXTS = ("killed by signal: Bus error", "out of shared memory", "unable to allocate shared memory")
 
 
@@ -111,11 +104,6 @@ def explain(error: BaseException) -> str | None:
         return (
             f"the GPU is out of memory ({text.splitlines()[0]}); lower the batch_size of the stage in params.yaml "
             "(or --batch-size), or free the GPU (`nvidia-smi` shows who uses it)"
-        )
-    if isinstance(error, RuntimeError) and any(part in text for part in PEER_TEXTS):
-        return (
-            f"another process of this training is gone ({text.splitlines()[0]}); the run goes on from its last "
-            "checkpoint when it is started again"
         )
     if any(part in text for part in SHARED_MEMORY_TEXTS):
         return (

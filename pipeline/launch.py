@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 from cae.config import RuntimeConfig
 from cae.errors import UserError
+from cae.train.signals import STOP_SIGNALS
 from pipeline.exit_codes import ExitCode
 from serving.machine import available_cpus
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Those after which a training saves. SIGHUP is not among them: `nohup` ignores it, and the agent would not.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # From the signal until a rank is killed: it finishes its step and saves.
 GRACE_S = 30
 # Machines of one training start at different times: queues, pulls of an image.
@@ -144,7 +143,8 @@ def _agent_config(machines: Machines, logs: Path) -> "LaunchConfig":
         rdzv_configs={"rank": machines.machine, "timeout": MACHINES_TIMEOUT_S},
         logs_specs=DefaultLogsSpecs(str(logs), redirects=to_files),
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in SIGNALS),
+        # Without SIGHUP, which `nohup` ignores and the agent would not.
+        signals_to_handle=",".join(number.name for number in STOP_SIGNALS),
         shutdown_timeout=GRACE_S,
         rdzv_backend="c10d" if alone else "static",
         # Port 0: the agent takes a free one and holds it from then on.
@@ -156,7 +156,7 @@ def _agent_config(machines: Machines, logs: Path) -> "LaunchConfig":
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Until there are ranks a signal ends the launcher at once, also in its wait for others; then the agent's count."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     try:
         yield
     finally:

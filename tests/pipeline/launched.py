@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cae.errors import UserError
+from cae.train.signals import STOP_SIGNALS
 from pipeline import failures, launch
 from pipeline.launch import Machines
 from tests.tiny import shipped_params
@@ -34,7 +35,7 @@ def main() -> None:
 
 def rank(behaviour: str) -> None:
     number, caught = int(os.environ["RANK"]), []
-    for name in launch.SIGNALS:
+    for name in STOP_SIGNALS:
         signal.signal(name, lambda given, _frame: caught.append(given))
     # torch takes seconds, and most behaviours need none.
     add = adder(number) if behaviour in ("adds", "ends") else lambda: 0

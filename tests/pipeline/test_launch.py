@@ -13,6 +13,7 @@ import pytest
 
 from cae.config import RuntimeConfig
 from cae.errors import UserError
+from cae.train.signals import STOP_SIGNALS
 from pipeline import launch
 from pipeline.launch import Machines
 from tests.pipeline.command import environment
@@ -109,7 +110,7 @@ def test_an_error_of_the_user_is_told_once_and_keeps_its_code(start: Start, beha
     assert "checkpoint" not in errors
 
 
-@pytest.mark.parametrize("number", launch.SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_reaches_every_rank_as_it_is_and_all_save(
     start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
