@@ -13,6 +13,7 @@ import typer
 
 from cae.errors import UserError
 from pipeline import failures
+from pipeline.bench_command import bench
 from pipeline.exit_codes import ExitCode, epilog
 from pipeline.import_commands import imports
 from pipeline.plan_command import plan
@@ -299,6 +300,7 @@ def doctor(
 
 app.add_typer(stages)
 app.command(rich_help_panel=LOOK)(plan)
+app.command(rich_help_panel=LOOK)(bench)
 app.add_typer(profile, name="profile", rich_help_panel=START)
 app.add_typer(imports, name="import", rich_help_panel=START)
 

@@ -110,7 +110,9 @@ class RegressorBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, context: Tensor, positions_q: Tensor, positions_k: Tensor) -> Tensor:
-        attended = self.cross_attn(self.norm1_q(x + positions_q), self.norm1_k(context + positions_k), self.norm1_v(context))
+        attended = self.cross_attn(
+            self.norm1_q(x + positions_q), self.norm1_k(context + positions_k), self.norm1_v(context)
+        )
         x = self.norm2_cross(x + self.drop_path(self.gamma_1_cross * attended))
         return x + self.drop_path(self.gamma_2_cross * self.mlp_cross(x))
 
@@ -126,8 +128,14 @@ class PatchEmbed(nn.Module):
 
 class Encoder(nn.Module):
     def __init__(
-        self, grid: tuple[int, int], patch_size: int, width: int, depth: int, num_heads: int,
-        layer_scale: float, drop_path: float,
+        self,
+        grid: tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        layer_scale: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(width, patch_size)
@@ -230,7 +238,9 @@ class PlainCae(nn.Module):
 class PlainStep:
     """One training step: forward pass, losses, backward pass, clipped AdamW."""
 
-    def __init__(self, model: PlainCae, alignment_weight: float, clip_grad: float, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: PlainCae, alignment_weight: float, clip_grad: float, lr: float, weight_decay: float
+    ) -> None:
         self.model, self.alignment_weight, self.clip_grad = model, alignment_weight, clip_grad
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # The weight decay of all is the same here; which parameters have none costs nothing.

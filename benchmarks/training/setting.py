@@ -36,7 +36,15 @@ class Setting:
 
     @classmethod
     def checked(
-        cls, *, model: str, image_size: int, patch_size: int, batch_size: int, device: str, precision: str, compile: bool
+        cls,
+        *,
+        model: str,
+        image_size: int,
+        patch_size: int,
+        batch_size: int,
+        device: str,
+        precision: str,
+        compile: bool,
     ) -> "Setting":
         """Resolve device `auto`; raise UserError for sizes that make no patches and for a device that is not there."""
         if image_size % patch_size:

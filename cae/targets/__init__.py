@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Codes = Tensor
 """Targets of patches: int64 [b, n] for tokens, float32 [b, n, p·p·c] for pixels."""
@@ -32,6 +32,10 @@ class Target(Protocol):
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         """Decoding loss of the decoder's output against the targets of the same patches."""
+        ...
+
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> Float[Tensor, ""]:
+        """`loss(head(decoded), codes)`, for training: without the whole prediction where that is large."""
         ...
 
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:

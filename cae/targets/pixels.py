@@ -51,6 +51,9 @@ class PixelTarget(nn.Module):
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         return F.mse_loss(prediction.float(), self._normalize(codes))
 
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> Float[Tensor, ""]:
+        return self.loss(head(decoded), codes)
+
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
         error = F.mse_loss(self.codes_from(prediction), codes)
         return {"masked_psnr_db": -10 * error.log10()}

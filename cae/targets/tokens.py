@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cae.lean import linear_cross_entropy
 from cae.targets import Codes
 
 
@@ -22,6 +23,9 @@ class TokenTarget(nn.Module):
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         return F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten())
+
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> Float[Tensor, ""]:
+        return linear_cross_entropy(decoded, head.weight, head.bias, codes)
 
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
         return {"token_accuracy": (prediction.argmax(-1) == codes).float().mean()}
