@@ -31,7 +31,7 @@ def gained_mlp(
     bias2: Float[Tensor, " d"],
     gain: Float[Tensor, " d"],
 ) -> Float[Tensor, "... d"]:
-    """`gain * linear(gelu(linear(x, weight1, bias1)), weight2, bias2)`; the GELU is computed again in the backward pass."""
+    """`gain * linear(gelu(linear(x, weight1, bias1)), weight2, bias2)`; the backward pass has a GELU of its own."""
     return _GainedMlp.apply(x, weight1, bias1, weight2, bias2, gain)
 
 

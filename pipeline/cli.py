@@ -308,6 +308,6 @@ app.add_typer(imports, name="import", rich_help_panel=START)
 def main() -> None:
     """Entry point: errors of the user are one message without a traceback, and every kind of end has its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for package in ("cae", "pipeline", "serving"):
+    for package in ("benchmarks", "cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
     failures.run(app)

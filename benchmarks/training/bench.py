@@ -135,9 +135,9 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
     if data := result.get("data"):
         console.print(
-            f"Loader alone ({data['workers']} workers, JPEG): {data['loader_alone_images_per_s']:.1f} images/s; our step "
-            f"fed by it: {data['step_with_loader_images_per_s']:.2f} images/s, {data['data_wait_fraction']:.1%} of the "
-            "time waiting for data.",
+            f"Loader alone ({data['workers']} workers, JPEG): {data['loader_alone_images_per_s']:.1f} images/s; our "
+            f"step fed by it: {data['step_with_loader_images_per_s']:.2f} images/s, {data['data_wait_fraction']:.1%} of "
+            "the time waiting for data.",
             markup=False,
             highlight=False,
         )

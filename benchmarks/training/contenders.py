@@ -46,7 +46,8 @@ class Batch:
         images = torch.randint(0, 256, size, dtype=torch.uint8, generator=rng)
         tokens = torch.randint(0, VOCAB_SIZE, (setting.batch_size, setting.num_patches), generator=rng)
         normalized = (images.float() / 255 - 0.5) / 0.25
-        return cls(*(tensor.to(setting.device) for tensor in (images, normalized, tokens)), setting)
+        device = setting.device
+        return cls(images.to(device), normalized.to(device), tokens.to(device), setting)
 
     def masks(self, share: float) -> tuple[Tensor, Tensor]:
         """Indices of the visible [b, v] and of the masked patches [b, m]."""

@@ -31,7 +31,7 @@ PAPER_CROP = CropConfig(crop_scale=(0.08, 1.0), flip=0.5)
 
 
 def measure(setting: Setting) -> dict[str, float]:
-    """Images a second of the loader alone and of our step fed by it, and the share of the latter's time spent waiting."""
+    """Images a second of the loader alone and of our step fed by it, and the share of time that this step waits."""
     device = setting.device
     with _loader(setting) as batches:
         alone, _ = _run(setting, batches, lambda batch: None)
@@ -99,7 +99,7 @@ def write_shards(folder: Path, count: int) -> None:
         photograph = photographs[number % len(photographs)]
         scale = rng.uniform(0.5, 1)
         width, height = (int(scale * side) for side in SIZE_PX)
-        left, top = rng.integers(photograph.width - width + 1), rng.integers(photograph.height - height + 1)
+        left, top = (int(rng.integers(n)) for n in (photograph.width - width + 1, photograph.height - height + 1))
         crop = photograph.resize(SIZE_PX, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         buffer = io.BytesIO()
         crop.save(buffer, "JPEG", quality=JPEG_QUALITY)

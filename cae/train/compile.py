@@ -1,10 +1,11 @@
 """`torch.compile` where it was asked for and can work; else the function as it is, with a warning."""
 
+import importlib
 import logging
 import subprocess
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -24,7 +25,7 @@ def compiled(function: Compiled, *, wanted: bool, device: torch.device) -> Compi
     if reason := missing_compiler(device.type):
         _warn(reason)
         return function
-    return torch.compile(function, dynamic=False)
+    return cast(Compiled, torch.compile(function, dynamic=False))
 
 
 def missing_compiler(device_type: str) -> str | None:
@@ -34,7 +35,7 @@ def missing_compiler(device_type: str) -> str | None:
 
 def _missing_triton() -> str | None:
     try:
-        import triton  # noqa: F401
+        importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}); install the triton that belongs to torch {torch.__version__}"
     return None

@@ -329,7 +329,6 @@ def test_attention_follows_its_equations_in_both_precisions(dtype: torch.dtype, 
 
 
 def test_attention_in_bf16_on_a_cpu_agrees_with_the_fused_kernel() -> None:
-    attention = Attention(32, 4).bfloat16()
     query, key, value = (torch.randn(2, 4, 9, 8, dtype=torch.bfloat16) for _ in range(3))
     fused = F.scaled_dot_product_attention(query, key, value)
     expected = fused.transpose(1, 2).flatten(2)
