@@ -1,0 +1,101 @@
+"""Our training step, as `pretrain` runs it, with the tokens given in place of a tokenizer."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training.setting import (
+    ALIGNMENT_WEIGHT,
+    CAE_LAYER_SCALE,
+    CLIP_GRAD,
+    DROP_PATH,
+    LR,
+    PREDICTOR_DEPTH,
+    VOCAB_SIZE,
+    WEIGHT_DECAY,
+    Setting,
+)
+from cae.architecture import Architecture
+from cae.data.loader import Batch
+from cae.model import ContextAutoencoder, alignment_loss
+from cae.normalization import Normalization
+from cae.targets import take
+from cae.targets.tokens import TokenTarget
+from cae.train.compile import compiled
+from cae.train.optimizer import BETAS, EPS
+from pipeline.batches import unit_range, view_for_target
+from pipeline.pretrain import Objective, latent_variance
+
+
+class GivenTokens(TokenTarget):
+    """A target whose tokens were computed before, as BEiT's data sets have them."""
+
+    kind = "given"
+    patch_px = 1
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.num_outputs = VOCAB_SIZE
+        self.tokens = tokens  # [b, n]
+
+    def encode(self, view: Tensor) -> Tensor:
+        return self.tokens
+
+
+def architecture(setting: Setting) -> Architecture:
+    """The paper's model of that size; regressor and decoder are as wide as the encoder."""
+    return Architecture(
+        channels=3,
+        grid=setting.grid,
+        patch_size=setting.patch_size,
+        depth=setting.depth,
+        width=setting.width,
+        num_heads=setting.num_heads,
+        layer_scale=CAE_LAYER_SCALE,
+        predictor_width=setting.width,
+        predictor_num_heads=setting.num_heads,
+        regressor_depth=PREDICTOR_DEPTH,
+        decoder_depth=PREDICTOR_DEPTH,
+        num_outputs=VOCAB_SIZE,
+        predictor_layer_scale=CAE_LAYER_SCALE,
+    )
+
+
+class HeadObjective(Objective):
+    """The objective with the decoding loss taken in the model's forward pass."""
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        codes = take(self.target.encode(view_for_target(batch)), batch["masked"])
+        images = self.normalize(unit_range(batch["images"]))
+        head_loss = partial(self.target.head_loss, codes=codes)
+        output = self.model(images, batch["visible"], batch["masked"], head_loss)
+        alignment = alignment_loss(output.z_m, output.z_m_target)
+        parts = {
+            "decoding_loss": output.decoding_loss,
+            "alignment_loss": alignment,
+            "latent_variance": latent_variance(output),
+        }
+        return output.decoding_loss + self.alignment_weight * alignment, parts
+
+
+class OurStep:
+    """One optimizer step on a batch of the loader that is on the device already."""
+
+    def __init__(self, setting: Setting, tokens: Tensor) -> None:
+        self.hardware = setting.hardware
+        self.model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
+        target = GivenTokens(tokens)
+        normalization = Normalization([0.5] * 3, [0.25] * 3)
+        self.objective = HeadObjective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
+        self.forward = compiled(self.objective.__call__, wanted=setting.compile, device=setting.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.hardware.autocast():
+            loss, _ = self.forward(batch, 0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD, foreach=True)
+        self.optimizer.step()
+        return loss.detach()
