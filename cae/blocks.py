@@ -142,15 +142,6 @@ def _project(mixed: Float[Tensor, "b n d"], attention: Attention, scale: LayerSc
     return gained_linear(mixed, attention.proj.weight, attention.proj.bias, scale.gamma)
 
 
-def _add(x: Float[Tensor, "b n d"], branch: Float[Tensor, "b n d"], drop_path: DropPath) -> Float[Tensor, "b n d"]:
-    """The stream with a residual branch, which drop path leaves out for some images while training."""
-    if not drop_path.training or not drop_path.drop_prob:
-        return x + branch
-    keep = 1 - drop_path.drop_prob
-    kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-    return torch.addcmul(x, branch.to(x.dtype), kept)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale; used by encoder and decoder. Parameter names follow timm."""
 
@@ -173,9 +164,9 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], use_drop_path: bool = True) -> Float[Tensor, "b n d"]:
         attended = _project(self.attn.mix(self.norm1(x)), self.attn, self.ls1)
-        x = _add(x, attended, self.drop_path) if use_drop_path else x + attended
+        x = self.drop_path.add(x, attended) if use_drop_path else x + attended
         mapped = self.mlp(self.norm2(x), self.ls2)
-        return _add(x, mapped, self.drop_path) if use_drop_path else x + mapped
+        return self.drop_path.add(x, mapped) if use_drop_path else x + mapped
 
 
 class RegressorBlock(nn.Module):
@@ -208,5 +199,5 @@ class RegressorBlock(nn.Module):
         positions = torch.cat([positions_v, positions_m], dim=1)
         query = self.norm_q(x + positions_m)
         mixed = self.attn.mix_cross(query, self.norm_k(context + positions), self.norm_v(context))
-        x = self.norm2(_add(x, _project(mixed, self.attn, self.ls1), self.drop_path))
-        return _add(x, self.mlp(x, self.ls2), self.drop_path)
+        x = self.norm2(self.drop_path.add(x, _project(mixed, self.attn, self.ls1)))
+        return self.drop_path.add(x, self.mlp(x, self.ls2))

@@ -1,7 +1,5 @@
 """Our training step, as `pretrain` runs it, with the tokens given in place of a tokenizer."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +16,11 @@ from benchmarks.training.setting import (
 )
 from cae.architecture import Architecture
 from cae.data.loader import Batch
-from cae.model import ContextAutoencoder, alignment_loss
+from cae.model import ContextAutoencoder
 from cae.normalization import Normalization
-from cae.targets import take
 from cae.targets.tokens import TokenTarget
-from cae.train.compile import compiled
 from cae.train.optimizer import BETAS, EPS
-from pipeline.batches import unit_range, view_for_target
-from pipeline.pretrain import Objective, latent_variance
+from pipeline.pretrain import Objective
 
 
 class GivenTokens(TokenTarget):
@@ -62,23 +57,6 @@ def architecture(setting: Setting) -> Architecture:
     )
 
 
-class HeadObjective(Objective):
-    """The objective with the decoding loss taken in the model's forward pass."""
-
-    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        codes = take(self.target.encode(view_for_target(batch)), batch["masked"])
-        images = self.normalize(unit_range(batch["images"]))
-        head_loss = partial(self.target.head_loss, codes=codes)
-        output = self.model(images, batch["visible"], batch["masked"], head_loss)
-        alignment = alignment_loss(output.z_m, output.z_m_target)
-        parts = {
-            "decoding_loss": output.decoding_loss,
-            "alignment_loss": alignment,
-            "latent_variance": latent_variance(output),
-        }
-        return output.decoding_loss + self.alignment_weight * alignment, parts
-
-
 class OurStep:
     """One optimizer step on a batch of the loader that is on the device already."""
 
@@ -87,14 +65,15 @@ class OurStep:
         self.model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
         target = GivenTokens(tokens)
         normalization = Normalization([0.5] * 3, [0.25] * 3)
-        self.objective = HeadObjective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
+        self.objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
-        self.forward = compiled(self.objective.__call__, wanted=setting.compile, device=setting.device)
+        if setting.compile:
+            self.objective.compile(setting.device)
 
     def __call__(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         with self.hardware.autocast():
-            loss, _ = self.forward(batch, 0)
+            loss, _ = self.objective(batch, 0)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD, foreach=True)
         self.optimizer.step()
