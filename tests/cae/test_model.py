@@ -210,7 +210,7 @@ def test_drop_path_grows_from_block_to_block_in_all_three_parts(make_architectur
     architecture = make_architecture(depth=3, regressor_depth=2, decoder_depth=2)
     model = ContextAutoencoder(architecture, drop_path=0.4)
     rates = {
-        name: [block.drop_path.drop_prob for block in part.blocks]
+        name: [block.drop_path.rate for block in part.blocks]
         for name, part in {"F": model.encoder, "H": model.regressor, "G": model.decoder}.items()
     }
     assert rates["F"] == pytest.approx([0, 0.2, 0.4])

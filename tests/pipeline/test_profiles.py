@@ -95,7 +95,7 @@ def test_a_profile_of_the_paper_builds_its_model_tokenizer_and_optimizers(size: 
     assert model.decoder.blocks[0].get_submodule("attn").num_heads == heads
     assert model.decoder.head.out_features == dvae.num_outputs == dvae.codebook.shape[0] == 8192
     assert (architecture.layer_scale, architecture.predictor_layer_scale) == (paper.layer_scale, predictor_scale)
-    assert [block.drop_path.drop_prob for block in (model.encoder.blocks[0], model.encoder.blocks[-1])] == [
+    assert [block.drop_path.rate for block in (model.encoder.blocks[0], model.encoder.blocks[-1])] == [
         0,
         pytest.approx(0.1),
     ]
