@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cae.config import Params
-from cae.data.loader import Batch, steps_per_epoch
+from cae.data.loader import Batch
+from cae.data.order import steps_in, total_steps
 from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
@@ -26,6 +27,7 @@ from cae.weights import describe, load_trained, save_trained
 from pipeline.batches import (
     draw_masks,
     evaluation_batches,
+    own_share,
     second_view_px,
     train_batches,
     training_keys,
@@ -124,14 +126,15 @@ def run(workspace: Workspace) -> None:
         load_parts(model, start)
     model.to(hardware.device)
     share_out(model, params.runtime)
-    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
-    warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
+    num_train = index.count["train"]
+    lr_warmup_steps = steps_in(config.warmup_epochs, num_train, config.batch_size)
+    warmup_steps = steps_in(config.alignment_warmup_epochs, num_train, config.batch_size)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
     if params.runtime.compile:
         objective.compile(hardware.device)
     masks = mask_sampler(params)
     optimizer = adamw(model, config)
-    total_steps = config.epochs * per_epoch
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
     with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
         efficiency = Training(
@@ -139,13 +142,14 @@ def run(workspace: Workspace) -> None:
             module=model,
             step=objective,
             optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config, per_epoch),
-            total_steps=total_steps,
+            schedule=cosine_schedule(optimizer, config, num_train),
+            total_steps=num_steps,
             batches=train_batches(
                 workspace,
                 training_transform(params, target),
                 batch_size=config.batch_size,
-                total_steps=total_steps,
+                total_steps=num_steps,
+                share=own_share(params),
                 hardware=hardware,
             ),
             hardware=hardware,
@@ -156,7 +160,7 @@ def run(workspace: Workspace) -> None:
             log_every_steps=config.log_every_steps,
             sink=sink,
             keys_of=training_keys(workspace),
-            alarms=(collapse_alarm(round(max(config.warmup_epochs * per_epoch, COLLAPSED_AFTER * total_steps))),),
+            alarms=(collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * num_steps))),),
         ).run(folder)
     state = whole_state(model)
     if not Ranks.from_environment().leads:

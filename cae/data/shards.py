@@ -126,6 +126,11 @@ class ImageShards:
         self._ends = np.cumsum([shard.count for shard in self.infos])
         self._batches: dict[int, pa.RecordBatch] = {}
 
+    @property
+    def counts(self) -> list[int]:
+        """Images of each shard."""
+        return [shard.count for shard in self.infos]
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -489,7 +489,7 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 def rates(config: OptimizationConfig, steps_per_epoch: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    schedule = cosine_schedule(optimizer, config, steps_per_epoch)
+    schedule = cosine_schedule(optimizer, config, steps_per_epoch * config.batch_size)
     values = []
     for step in range(int(config.epochs) * steps_per_epoch + 1):
         schedule.step_update(step)

@@ -197,8 +197,10 @@ def test_hours_follow_peak_utilization_devices_images_and_epochs() -> None:
     assert hours() == pytest.approx(epochs * 6_400 * 2 * step / (0.5 * 1e12) / 3600)
     assert hours(devices=8) == pytest.approx(hours() / 8)
     assert hours(utilization=0.25) == pytest.approx(2 * hours())
-    # An epoch has full batches only.
-    assert hours(images=2 * 6_400 + 63) == pytest.approx(2 * hours())
+    # Every image counts in every epoch, up to the last step's full batch.
+    batch_size = params.pretrain.batch_size
+    steps = -(-epochs * (2 * 6_400 + 63) // batch_size)
+    assert hours(images=2 * 6_400 + 63) == pytest.approx(hours() * steps * batch_size / (epochs * 6_400))
 
 
 def test_without_a_device_there_are_no_hours_and_the_assumption_is_named_as_one() -> None:
