@@ -17,7 +17,8 @@ from benchmarks.training.contest import synchronize
 from benchmarks.training.ours import OurStep
 from benchmarks.training.setting import MASKED_SHARE, VOCAB_SIZE, Setting
 from cae.config import CropConfig
-from cae.data.loader import Batch, EpochBatches, TrainDataset, train_loader
+from cae.data.loader import Batch, TrainDataset, train_loader
+from cae.data.order import EpochBatches, SampleOrder
 from cae.data.shards import UNLABELLED, ImageShards, Index, Row, ShardWriter
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
@@ -85,7 +86,7 @@ def _loader(setting: Setting) -> Iterator[Iterator[Batch]]:
         shards = ImageShards(Path(folder), "train")
         steps = WARMUP_BATCHES + TIMED_BATCHES
         # Batches prefetched in the warm-up must not be the last ones, or the workers would idle while they are timed.
-        order = EpochBatches(len(shards), setting.batch_size, 0, 0, 2 * steps)
+        order = EpochBatches(SampleOrder(shards.counts, 0), setting.batch_size, 0, 2 * steps)
         dataset = TrainDataset(shards, transform, 0)
         yield iter(train_loader(dataset, order, num_workers(setting.device), setting.device))
 
