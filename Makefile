@@ -68,7 +68,7 @@ lint-containers: $(TOOLS_STAMP)  ## hadolint, and the schemas of Compose and Kub
 	@# The schema knows no `!reset` and no `!override`, which Compose itself takes away.
 	set -e; for file in $(COMPOSE_FILES); do echo "$$file"; \
 		sed -E 's/!(reset|override)//' $$file | $(TOOLS)/bin/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -; done
-	$(TOOLS)/bin/kubernetes-validate --strict docker/examples/kubernetes.yaml
+	$(TOOLS)/bin/kubernetes-validate --strict docker/examples/kubernetes*.yaml
 
 COMPOSE_FILES = compose*.yaml docker/examples/compose*.yaml
 

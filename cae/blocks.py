@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath, RelPosBias
+from timm.layers import RelPosBias
 from torch import Tensor, nn
 
+from cae.drop_path import DropPath
 from cae.lean import gained_linear, gained_mlp
 
 # Epsilon of every LayerNorm in the official models.
@@ -141,13 +142,9 @@ def _project(mixed: Float[Tensor, "b n d"], attention: Attention, scale: LayerSc
     return gained_linear(mixed, attention.proj.weight, attention.proj.bias, scale.gamma)
 
 
-def _add(x: Float[Tensor, "b n d"], branch: Float[Tensor, "b n d"], drop_path: DropPath) -> Float[Tensor, "b n d"]:
-    """The stream with a residual branch, which drop path leaves out for some images while training."""
-    if not drop_path.training or not drop_path.drop_prob:
-        return x + branch
-    keep = 1 - drop_path.drop_prob
-    kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-    return torch.addcmul(x, branch.to(x.dtype), kept)
+def _add(x: Float[Tensor, "b n d"], branch: Float[Tensor, "b n d"], drop_path: nn.Module) -> Float[Tensor, "b n d"]:
+    """The stream with a residual branch, in the stream's precision."""
+    return x + drop_path(branch.to(x.dtype))
 
 
 class Block(nn.Module):
@@ -172,9 +169,9 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], use_drop_path: bool = True) -> Float[Tensor, "b n d"]:
         attended = _project(self.attn.mix(self.norm1(x)), self.attn, self.ls1)
-        x = _add(x, attended, self.drop_path) if use_drop_path else x + attended
+        x = _add(x, attended, self.drop_path if use_drop_path else nn.Identity())
         mapped = self.mlp(self.norm2(x), self.ls2)
-        return _add(x, mapped, self.drop_path) if use_drop_path else x + mapped
+        return _add(x, mapped, self.drop_path if use_drop_path else nn.Identity())
 
 
 class RegressorBlock(nn.Module):

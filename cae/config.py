@@ -30,6 +30,15 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
     num_workers: CountOrZero
+    compile: bool
+    num_processes: Count | Literal["auto"]
+    parallel: Literal["ddp", "fsdp"]
+    accumulate_steps: Count
+    activation_checkpointing: bool
+    keep_checkpoints: Count
+    keep_every_steps: Count | None
+    max_skipped_steps: CountOrZero
+    tensorboard: bool
 
 
 class PrepareConfig(Section):
@@ -39,6 +48,7 @@ class PrepareConfig(Section):
     short_side_px: Count
     max_reject_fraction: Fraction
     shard_mb: Positive
+    shards_at: str | None
 
 
 class ModelConfig(Section):

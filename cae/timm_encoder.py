@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cae.architecture import EncoderArchitecture, TimmSource
+from cae.drop_path import DropPath
 from cae.errors import UserError
 
 
@@ -29,6 +30,7 @@ class TimmEncoder(nn.Module):
         if architecture.final_norm == "pooled" and isinstance(fc_norm(self.model), nn.Identity):
             # As in fine-tuning: a fresh LayerNorm on the mean takes the place of the one on every token.
             self.model.norm, self.model.fc_norm = nn.Identity(), nn.LayerNorm(architecture.width, eps=1e-6)
+        _use_our_drop_path(self.model)
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Patch embeddings with positions, for all patches in row-major order."""
@@ -168,3 +170,11 @@ def _drop_path(blocks: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         blocks.train(training)
+
+
+def _use_our_drop_path(model: nn.Module) -> None:
+    """In place of timm's, which would draw anew on every process."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, timm.layers.DropPath):
+                setattr(module, name, DropPath(child.drop_prob))

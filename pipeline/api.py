@@ -17,10 +17,9 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from cae.architecture import Architecture
-from cae.config import RuntimeConfig
 from cae.errors import NotReady, UserError
 from cae.targets.files import AnyTarget, load_target
-from cae.train.device import Hardware
+from cae.train.device import choose_device
 from cae.weights import Trained, find_weights, load_trained
 from pipeline.api_inputs import Array, Images, checked_codes, checked_mask, listed, read, split_mask
 from pipeline.batches import unit_range
@@ -184,11 +183,11 @@ def load(
     if (path / "bundle.json").is_file():
         bundle = open_bundle(path, device)
         # ONNX Runtime finds its own device; torch runs the target alone.
-        place = _torch_device("auto" if device == "cuda" else device)
+        place = choose_device("auto" if device == "cuda" else device)
         runner, num_outputs = BundleRunner(bundle), None
         loaded = _load_target(target, path, (bundle.info.model_extra or {}).get("origin", {}))
     else:
-        place = _torch_device(device)
+        place = choose_device(device)
         trained, folder = _load_weights(source)
         loaded = _load_target(target, folder, trained.origin)
         runner = TorchRunner(trained, loaded, place)
@@ -197,10 +196,6 @@ def load(
         check_target(loaded, str(source), runner.preprocessing, runner.info.patch_size, num_outputs)
         loaded.to(place)
     return Model(runner, loaded, place, batch_size, progress, as_torch)
-
-
-def _torch_device(device: Device) -> torch.device:
-    return Hardware.choose(RuntimeConfig(device=device, precision="fp32", num_workers=0)).device
 
 
 def _load_weights(source: str | Path) -> tuple[Trained, Path | None]:

@@ -12,6 +12,7 @@ from cae.data.shards import INDEX_NAME, ImageShards, Picture, Split
 from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
+from cae.train.skipping import KeysOf
 from cae.weights import Trained
 from pipeline.workspace import Workspace
 from serving.preprocess import Preprocessing, prepare
@@ -40,6 +41,12 @@ def train_batches(
         return train_loader(dataset, order, params.runtime.num_workers, hardware.device)
 
     return from_step
+
+
+def training_keys(workspace: Workspace) -> KeysOf:
+    """Where training images came from, by their positions in the shards."""
+    shards = ImageShards(workspace.prepared, "train")
+    return lambda positions: [shards.key(position) for position in positions.tolist()]
 
 
 def evaluation_batches(

@@ -311,3 +311,8 @@ def main() -> None:
     for package in ("benchmarks", "cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
     failures.run(app)
+
+
+if __name__ == "__main__":
+    # `torchrun -m pipeline.cli pretrain`, and the ranks that `pipeline.launch` starts.
+    main()

@@ -25,7 +25,7 @@ MEANINGS = {
     ExitCode.DOCTOR: "doctor found a problem",
 }
 # 141 is SIGPIPE: `cae-pipe results | head -1`.
-SIGNALS = "128 + signal: stopped (130 Ctrl-C, 143 SIGTERM, 141 closed pipe)"
+SIGNALS = "128 + signal: stopped (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1, 141 closed pipe)"
 
 
 def epilog() -> str:

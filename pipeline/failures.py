@@ -6,6 +6,7 @@ Nothing heavy is imported here: libraries are only looked at where the failing c
 import errno
 import os
 import select
+import signal
 import sys
 import tempfile
 import traceback
@@ -27,6 +28,8 @@ MEMORY_TEXTS = (
     "Failed to allocate memory",
     "killed by signal: Killed",
 )
+# gloo's. Those of NCCL and of the store have a class of their own.
+LOST_RANK_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 SHARED_MEMORY_TEXTS = ("killed by signal: Bus error", "out of shared memory", "unable to allocate shared memory")
 
 
@@ -58,6 +61,9 @@ def report(error: BaseException) -> int:
     Errors that the user can mend have no traceback unless CAE_PIPE_DEBUG is set. The traceback of any other error goes
     to a file, which the message names.
     """
+    if "RANK" in os.environ:
+        # The launcher ends all ranks when one fails; one that fails by itself keeps its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     debug = debugging()
     if debug:
         traceback.print_exception(error)
@@ -67,6 +73,10 @@ def report(error: BaseException) -> int:
     if isinstance(error, UserError):
         _write(f"error: {error}")
         return _code(error)
+    if _has_lost_a_rank(error):
+        # No file for the traceback: the rank that failed first may have written one.
+        _write(f"lost the connection to another rank, which says why it ended: {str(error).splitlines()[0]}")
+        return ExitCode.UNEXPECTED
     if remedy := explain(error):
         _write(f"error: {remedy}")
         if not debug:
@@ -167,6 +177,15 @@ def _code(error: UserError) -> ExitCode:
 def _is_cuda_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _has_lost_a_rank(error: BaseException) -> bool:
+    """Whether a rank of a training failed only because another one did."""
+    if "RANK" not in os.environ or not isinstance(error, RuntimeError):
+        return False
+    distributed = sys.modules.get("torch.distributed")
+    has_class = distributed is not None and isinstance(error, distributed.DistError)
+    return has_class or any(part in str(error) for part in LOST_RANK_TEXTS)
 
 
 def _write(text: str) -> None:

@@ -1,5 +1,6 @@
 """Stage `finetune`: the whole encoder with labels, from the pretrained weights and, beside it, from random ones."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import RunFolder, Training
 from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.parallel import Ranks, checkpoint_activations
 from cae.weights import Trained, describe, for_finetuning, save_trained
-from pipeline.batches import evaluation_batches, train_batches, unit_range
+from pipeline.batches import evaluation_batches, train_batches, training_keys, unit_range
 from pipeline.checkpoints import load_for_data, preprocessing_of
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.scores import Scores, skip_without_labels
 from pipeline.workspace import Workspace, published
+
+# Folder of the baseline's run, in that of the other.
+RANDOM_INIT = "random_init"
 
 
 class LabelledStep:
@@ -63,12 +68,14 @@ def run(workspace: Workspace) -> None:
     config = params.finetune
     folder = run_folder(workspace, "finetune", config.checkpoint_every_steps)
     changes = config.drop_path, config.relative_position_bias
-    with curves(folder, workspace.curves("finetune")) as sink:
+    with curves(folder, workspace.curves("finetune"), params.runtime.tensorboard) as sink:
         encoder, architecture = for_finetuning(trained, *changes, seed=None)
         model, scores, efficiency = train(workspace, encoder, trained, folder, sink)
-        beside = RunFolder(folder.path / "random_init", folder.checkpoint_every_steps, folder.stamp)
+        beside = replace(folder, path=folder.path / RANDOM_INIT)
         encoder, _ = for_finetuning(trained, *changes, seed=params.seed)
         _, baseline, _ = train(workspace, encoder, trained, beside, None)
+    if not Ranks.from_environment().leads:
+        return
     origin = {**trained.origin, "finetuned_on": index.source, "finetune": config.model_dump()}
     description = describe(architecture, trained.normalization, trained.eval_crop, origin)
     with published(workspace.finetuned) as models:
@@ -80,7 +87,7 @@ def run(workspace: Workspace) -> None:
 def train(
     workspace: Workspace, encoder: AnyEncoder, trained: Trained, folder: RunFolder, sink: Any
 ) -> tuple[Classifier, Scores, Row]:
-    """Train a classifier on `encoder` and measure it on the validation images."""
+    """Train a classifier on `encoder` and measure it on the validation images, which rank 0 does alone."""
     params, index = workspace.params, workspace.index
     config = params.finetune
     hardware = Hardware.choose(params.runtime)
@@ -89,11 +96,13 @@ def train(
     model = Classifier(encoder, trained.architecture.width, num_classes).to(hardware.device)
     normalize = Normalize(trained.normalization).to(hardware.device)
     step = LabelledStep(model, config, normalize, num_classes, params.seed)
+    if params.runtime.activation_checkpointing:
+        checkpoint_activations(model)
     optimizer = adamw(model, config, config.layer_decay)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     total_steps = config.epochs * per_epoch
     efficiency = Training(
-        name="finetune" if sink else "finetune from random weights",
+        name="finetune from random weights" if folder.path.name == RANDOM_INIT else "finetune",
         module=model,
         step=step,
         optimizer=optimizer,
@@ -107,10 +116,16 @@ def train(
             hardware=hardware,
         ),
         hardware=hardware,
+        seed=params.seed,
+        accumulate_steps=params.runtime.accumulate_steps,
+        max_skipped_steps=params.runtime.max_skipped_steps,
         sink=sink,
+        keys_of=training_keys(workspace),
     ).run(folder)
-    model.eval()
     scores = Scores()
+    if not Ranks.from_environment().leads:
+        return model, scores, efficiency
+    model.eval()
     with torch.inference_mode():
         for batch in evaluation_batches(workspace, "val", preprocessing_of(trained), config.batch_size, hardware):
             images = normalize(unit_range(batch["images"].to(hardware.device)))

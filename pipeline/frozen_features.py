@@ -55,8 +55,9 @@ def train_head(
     batches: Callable[[int], BatchSource],
     values: Pool,
     hardware: Hardware,
+    seed: int,
 ) -> Row:
-    """Train `head` on what `values` makes of a batch; `batches` gives them for a number of steps."""
+    """Train `head` on what `values` makes of a batch; `batches` gives them, whole, for a number of steps."""
     head.to(hardware.device)
     per_epoch = steps_per_epoch(num_train, config.batch_size)
     total_steps = config.epochs * per_epoch
@@ -73,6 +74,7 @@ def train_head(
         total_steps=total_steps,
         batches=batches(total_steps),
         hardware=hardware,
+        seed=seed,
     ).run()
 
 

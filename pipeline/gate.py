@@ -208,6 +208,7 @@ def _accuracies(workspace: Workspace, bank: Features, queries: Features) -> tupl
         batches=lambda total_steps: cached_batches(bank, linear.batch_size, seed, total_steps),
         values=pool,
         hardware=hardware,
+        seed=seed,
     )
     return _rounded(knn.top1), _rounded(head_scores(head, pool(queries), queries["labels"], hardware).top1)
 

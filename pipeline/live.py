@@ -1,33 +1,62 @@
-"""Training curves by DVCLive."""
+"""Training curves by DVCLive and, where they are asked for, by TensorBoard."""
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dvclive import Live
 
+from cae.errors import UserError
 from cae.train.log import Row
-from cae.train.loop import RunFolder
+from cae.train.loop import RunFolder, Sink
+from cae.train.parallel import Ranks
 
 
 @contextmanager
-def curves(folder: RunFolder, publish_to: Path) -> Iterator[Callable[[int, Row], None]]:
+def curves(folder: RunFolder, publish_to: Path, tensorboard: bool) -> Iterator[Sink | None]:
     """A sink for a training's rows; the curves grow in the run's folder and are copied to `publish_to` at the end.
 
-    The training replays its rows when it goes on from a checkpoint, so DVCLive starts anew in every process.
+    The training replays its rows when it goes on from a checkpoint, so both loggers start anew in every process. None
+    for a process that does not lead.
     """
+    if not Ranks.from_environment().leads:
+        yield None
+        return
     path = folder.path / "dvclive"
     # No experiment of its own and no files outside its folder: DVC runs the stage already.
-    with Live(str(path), resume=False, save_dvc_exp=False, dvcyaml=None) as live:
+    with (
+        _tensorboard(folder.path / "tensorboard", tensorboard) as to_tensorboard,
+        Live(str(path), resume=False, save_dvc_exp=False, dvcyaml=None) as live,
+    ):
 
         def sink(step: int, row: Row) -> None:
             live.step = step
             for name, value in row.items():
                 live.log_metric(name, value)
+                to_tensorboard(name, value, step)
             live.make_summary()
 
         yield sink
     shutil.rmtree(publish_to, ignore_errors=True)
     (path / "plots" / "metrics").mkdir(parents=True, exist_ok=True)
     shutil.copytree(path / "plots" / "metrics", publish_to)
+
+
+@contextmanager
+def _tensorboard(path: Path, wanted: bool) -> Iterator[Callable[[str, float, int], Any]]:
+    """A function of (name, value, step); one that does nothing where `wanted` is false."""
+    if not wanted:
+        yield lambda *_: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "runtime.tensorboard: true needs the package tensorboard, which is not installed; run "
+            "`pip install tensorboard`, or set it to false"
+        ) from None
+    shutil.rmtree(path, ignore_errors=True)
+    with SummaryWriter(str(path)) as writer:
+        yield writer.add_scalar

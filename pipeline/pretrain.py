@@ -19,8 +19,17 @@ from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.parallel import Ranks, share_out, whole_state
 from cae.weights import describe, load_trained, save_trained
-from pipeline.batches import draw_masks, evaluation_batches, second_view_px, train_batches, unit_range, view_for_target
+from pipeline.batches import (
+    draw_masks,
+    evaluation_batches,
+    second_view_px,
+    train_batches,
+    training_keys,
+    unit_range,
+    view_for_target,
+)
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.start_from import fitting, load_parts
@@ -89,6 +98,8 @@ def run(workspace: Workspace) -> None:
     model = ContextAutoencoder(architecture, config.drop_path, config.alignment_drop_path)
     if start:
         load_parts(model, start)
+    model.to(hardware.device)
+    share_out(model, params.runtime)
     per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
     warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
@@ -96,7 +107,7 @@ def run(workspace: Workspace) -> None:
     optimizer = adamw(model, config)
     total_steps = config.epochs * per_epoch
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
-    with curves(folder, workspace.curves("pretrain")) as sink:
+    with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
         efficiency = Training(
             name="pretrain",
             module=model,
@@ -112,12 +123,20 @@ def run(workspace: Workspace) -> None:
                 hardware=hardware,
             ),
             hardware=hardware,
+            seed=params.seed,
+            accumulate_steps=params.runtime.accumulate_steps,
+            max_skipped_steps=params.runtime.max_skipped_steps,
             clip_grad=config.clip_grad,
             log_every_steps=config.log_every_steps,
             sink=sink,
+            keys_of=training_keys(workspace),
             alarms=(collapse_alarm(round(max(config.warmup_epochs * per_epoch, COLLAPSED_AFTER * total_steps))),),
         ).run(folder)
-    model.eval()
+    state = whole_state(model)
+    if not Ranks.from_environment().leads:
+        return
+    objective.model = model = ContextAutoencoder(architecture).to(hardware.device).eval()
+    model.load_state_dict(state)
     quality = evaluate(workspace, objective, masks, hardware)
     origin = {
         "name": params.model.name,

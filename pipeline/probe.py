@@ -178,6 +178,7 @@ def probe_head(
         batches=lambda total_steps: _batches(workspace, frozen, config, total_steps),
         values=lambda batch: pool(frozen(batch["images"]) if "images" in batch else batch),
         hardware=frozen.hardware,
+        seed=workspace.params.seed,
     )
     val = split_features(workspace, frozen, "val")
     return head_scores(head, pool(val), val["labels"], frozen.hardware), efficiency

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,13 @@ from ruamel.yaml import YAML
 
 from cae.data.shards import INDEX_NAME, file_sha256
 from cae.errors import UserError
-from cae.train.loop import RunFolder
+from cae.train.checkpoint import CheckpointStore, load_checkpoint
+from cae.train.loop import CHECKPOINTS, RunFolder, compare_stamps
+from cae.train.parallel import Ranks
 from cae.weights import find_weights
 from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 # An orphan of an interrupted `dvc repro` needs this long to finish its step and save.
 LOCK_TIMEOUT_S = 30
@@ -32,11 +38,53 @@ def stage_lock(workspace: Workspace, stage: str) -> Iterator[None]:
 
 
 def run_folder(workspace: Workspace, stage: str, checkpoint_every_steps: int) -> RunFolder:
-    """The scratch folder of this stage with these parameters, data and code, under the lock of the stage."""
+    """The scratch folder of this stage with these parameters, data and code, under the lock of the stage.
+
+    Where it has no checkpoint of its own and another run of the stage has, that run is named with what differs; with
+    the workspace's `force` this one goes on from it.
+    """
     stamp = make_stamp(workspace, stage)
     path = _scratch_folder(workspace, stage, stamp)
     path.mkdir(parents=True, exist_ok=True)
-    return RunFolder(path, checkpoint_every_steps, stamp)
+    if Ranks.from_environment().leads:
+        _look_at_other_runs(workspace, stage, path, stamp)
+    runtime = workspace.params.runtime
+    return RunFolder(
+        path, checkpoint_every_steps, stamp, runtime.keep_checkpoints, runtime.keep_every_steps, workspace.force
+    )
+
+
+def _look_at_other_runs(workspace: Workspace, stage: str, path: Path, stamp: dict[str, Any]) -> None:
+    own = _store(path)
+    if own.newest():
+        return
+    stores = [_store(folder.parent) for folder in workspace.scratch.glob(f"{stage}-*/{CHECKPOINTS}")]
+    found = [checkpoint for store in stores if (checkpoint := store.newest())]
+    newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
+    if newest is None:
+        if workspace.force:
+            raise UserError(f"--force: {workspace.scratch} has no checkpoint of {stage} to go on from; run without it")
+        return
+    state = load_checkpoint(newest)
+    told = f"{newest} (step {state['step']} of {state['total_steps']}) was made with other "
+    told += "; ".join(compare_stamps(state, stamp))
+    if workspace.force:
+        logger.warning("%s: %s; --force goes on from it", stage, told)
+        # The other run keeps what it has; a link costs no room.
+        (own.folder / newest.name).hardlink_to(newest)
+        if (log := newest.parents[1] / "log.jsonl").exists():
+            shutil.copy(log, path)
+    elif state["step"] < state["total_steps"]:
+        logger.warning(
+            "%s: %s; this run starts anew beside it (`cae-pipe %s --force` goes on from it all the same)",
+            stage,
+            told,
+            stage,
+        )
+
+
+def _store(path: Path) -> CheckpointStore:
+    return CheckpointStore(path / CHECKPOINTS, keep=1, keep_every=None)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from pipeline.batches import (
     first_images,
     second_view_px,
     train_batches,
+    training_keys,
     unit_range,
     view_for_target,
 )
@@ -97,9 +98,11 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
     optimizer = adamw(dvae, config)
     usage_images = first_images(workspace, "train", workspace.preprocessing(), USAGE_IMAGES).to(hardware.device)
 
-    def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def restart(step: int) -> None:
         if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
-            restart_dead_codes(dvae, usage_images)
+            restart_dead_codes(dvae, usage_images, torch.Generator().manual_seed(params.seed + step))
+
+    def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss = dvae.training_loss(unit_range(batch["images"]), temperature(config, step, total_steps))
         parts = {
             "reconstruction_loss": loss.reconstruction,
@@ -109,7 +112,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
         return loss.reconstruction + config.usage_weight * loss.unused, parts
 
     folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
-    with curves(folder, workspace.curves("tokenizer")) as sink:
+    with curves(folder, workspace.curves("tokenizer"), params.runtime.tensorboard) as sink:
         efficiency = Training(
             name="tokenizer",
             module=dvae,
@@ -125,7 +128,12 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
                 hardware=hardware,
             ),
             hardware=hardware,
+            seed=params.seed,
+            accumulate_steps=params.runtime.accumulate_steps,
+            max_skipped_steps=params.runtime.max_skipped_steps,
             sink=sink,
+            keys_of=training_keys(workspace),
+            before_step=restart,
             alarms=(collapse_alarm(config, round(RESTART_UNTIL * total_steps)),),
         ).run(folder)
     quality = evaluate(workspace, dvae.eval(), hardware)
@@ -171,14 +179,17 @@ def temperature(config: TokenizerConfig, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def restart_dead_codes(dvae: Dvae, images: Tensor) -> int:
-    """Make every code that `images` (uint8) hardly use a noisy copy of a much used one; return how many were dead."""
+def restart_dead_codes(dvae: Dvae, images: Tensor, generator: torch.Generator) -> int:
+    """Make every code that `images` (uint8) hardly use a noisy copy of a much used one; return how many were dead.
+
+    All processes of a training draw the same noise, from `generator` on the CPU.
+    """
     chunks = images.split(USAGE_BATCH)
     counts = torch.stack([dvae.count_codes(dvae.encode(unit_range(chunk))) for chunk in chunks]).sum(dim=0)
     dead = (counts < DEAD_SHARE * counts.float().mean()).nonzero().flatten().tolist()
     alive = [code for code in counts.argsort(descending=True).tolist() if code not in set(dead)]
     for dead_code, busy_code in zip(dead, itertools.cycle(alive), strict=False):
-        dvae.replace_code(dead_code, busy_code, RESTART_NOISE)
+        dvae.replace_code(dead_code, busy_code, RESTART_NOISE, generator)
     return len(dead)
 
 

@@ -33,18 +33,23 @@ class Workspace:
     """A checkout of the project: its parameters and the places that the stages read and write.
 
     With `weights` the stages after pretraining use those in place of the pipeline's, and with `results` they write
-    there.
+    there. With `force` a training goes on from a checkpoint that was made with other parameters, data or code.
     """
 
     root: Path
     params_file: Path
     weights: Path | None = None
     results: Path | None = None
+    force: bool = False
 
     @classmethod
     def here(cls) -> "Workspace":
         """The current folder, where DVC runs every stage."""
         return cls(Path.cwd(), Path("params.yaml"))
+
+    def forced(self) -> "Workspace":
+        """The same with `force`."""
+        return replace(self, force=True)
 
     def measuring(self, weights: Path, results: Path) -> "Workspace":
         """The same with other trained weights, and a folder of its own for what the stages make of them."""

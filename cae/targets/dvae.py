@@ -106,10 +106,11 @@ class Dvae(TokenTarget):
         return self.decoder(embedded) * self.std + self.mean
 
     @torch.no_grad()
-    def replace_code(self, dead: int, alive: int, noise: float) -> None:
+    def replace_code(self, dead: int, alive: int, noise: float, generator: torch.Generator) -> None:
         """Restart a dead code as a noisy copy of one in use, so that the two share its patches."""
         for weight in (self.to_logits.weight, self.codebook):
-            weight[dead] = weight[alive] + noise * weight[alive].std(correction=0) * torch.randn_like(weight[alive])
+            drawn = torch.randn(weight[alive].shape, generator=generator).to(weight)
+            weight[dead] = weight[alive] + noise * weight[alive].std(correction=0) * drawn
         if self.to_logits.bias is not None:
             self.to_logits.bias[dead] = self.to_logits.bias[alive]
 

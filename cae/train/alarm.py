@@ -31,7 +31,9 @@ class Watch:
         for alarm in self.alarms:
             if step < alarm.from_step:
                 continue
-            value = row[alarm.key]
+            value = row.get(alarm.key)
+            if value is None:  # of a step that was left out
+                continue
             if value < alarm.floor and alarm.key not in self._sounding:
                 self._sounding.add(alarm.key)
                 logger.warning(

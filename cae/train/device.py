@@ -9,6 +9,7 @@ import torch
 
 from cae.config import RuntimeConfig
 from cae.errors import UserError
+from cae.train.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,7 @@ class Hardware:
     @classmethod
     def choose(cls, config: RuntimeConfig) -> "Hardware":
         """Resolve `auto`; raise UserError when `cuda` is asked for and not there."""
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("runtime.device: cuda is not available here; expected a CUDA device, or set cpu or auto")
-        use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        device = torch.device("cuda" if use_cuda else "cpu")
+        device = choose_device(config.device)
         bf16 = _gains_by_bf16(device) if config.precision == "auto" else config.precision == "bf16"
         return cls(device, bf16)
 
@@ -34,6 +32,18 @@ class Hardware:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that `runtime.device` names; UserError when `cuda` is asked for and not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: cuda is not available here; expected a CUDA device, or set cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # One GPU for each process of this machine, in the order that the launcher numbers them.
+    device = torch.device("cuda", Ranks.from_environment().local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _gains_by_bf16(device: torch.device) -> bool:

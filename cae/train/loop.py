@@ -1,35 +1,39 @@
 """The one training loop: tokenizer, pretraining, fine-tuning and probe heads all run through it."""
 
+import json
 import logging
-import math
-import signal
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from cae.data.loader import Batch
-from cae.errors import Diverged, Interrupted
+from cae.errors import Interrupted, UserError
 from cae.train.alarm import Alarm, Watch
-from cae.train.checkpoint import CheckpointStore
+from cae.train.checkpoint import CheckpointStore, load_checkpoint
 from cae.train.device import Hardware
 from cae.train.log import Row, TrainLog
+from cae.train.meter import Meter, peak_memory_mb
+from cae.train.parallel import Agreement, Ranks, from_leader, mean_over_ranks
+from cae.train.signals import caught_signals
+from cae.train.skipping import KeysOf, SkippedSteps
+from cae.train.step import StepFunction, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
-StepFunction = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
-"""(batch on the device, step) to the loss and the parts of it worth logging, all still on the device."""
-
 BatchSource = Callable[[int], Iterable[Batch]]
-"""Batches from a step on, to the end of the training."""
+"""Micro-batches of this process from a step on, to the end of the training."""
+
+Sink = Callable[[int, Row], None]
+FORMAT = 2
+CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class RunFolder:
     path: Path
     checkpoint_every_steps: int
     stamp: dict[str, Any]  # parameters, data hash and code version, kept in every checkpoint
+    keep: int = 2  # the newest checkpoints
+    keep_every_steps: int | None = None  # and for good those of every so many steps
+    force: bool = False  # go on from a checkpoint of another stamp
 
 
 @dataclass
@@ -53,155 +60,198 @@ class Training:
     total_steps: int
     batches: BatchSource
     hardware: Hardware
+    seed: int
+    accumulate_steps: int = 1  # micro-batches of a step on this process
+    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is no number
     clip_grad: float | None = None
     log_every_steps: int = 10
-    sink: Callable[[int, Row], None] | None = None
+    sink: Sink | None = None
     alarms: tuple[Alarm, ...] = ()
+    keys_of: KeysOf | None = None
+    before_step: Callable[[int], None] | None = None  # once a step, before its micro-batches
 
     def run(self, folder: RunFolder | None = None) -> Row:
         """Train to the end, going on from the newest checkpoint in `folder`; return the efficiency figures of this run.
 
-        Raises Interrupted after a signal (state saved where there is a folder), Diverged when the loss is not finite.
+        Raises Interrupted after a signal (state saved where there is a folder), Diverged when too many steps in a row
+        had to be left out, UserError where the checkpoint there was made with other parameters, data or code.
         """
-        store = CheckpointStore(folder.path / "checkpoints") if folder else None
-        start_step = self._restore(store)
-        log_path = folder.path / "log.jsonl" if folder else Path("/dev/null")
-        log = TrainLog(self.name, log_path, self.total_steps, start_step, self.sink)
-        watch = Watch(self.name, self.alarms)
-        meter = _Meter(self.log_every_steps)
+        ranks = Ranks.from_environment()
+        store = CheckpointStore(folder.path / CHECKPOINTS, folder.keep, folder.keep_every_steps) if folder else None
+        skipped = SkippedSteps(
+            self.name,
+            self.hardware.device,
+            self.max_skipped_steps,
+            folder.path / f"skipped-{ranks.rank}.jsonl" if folder else None,
+            self.keys_of,
+        )
+        start = self._restore(store, folder, skipped)
+        update = TrainStep(
+            self.module,
+            self.step,
+            self.optimizer,
+            self.schedule,
+            self.hardware,
+            clip_grad=self.clip_grad,
+            accumulate=self.accumulate_steps,
+            seed=self.seed,
+            skipped=skipped,
+        )
+        log_path = folder.path / "log.jsonl" if folder and ranks.leads else None
+        log = TrainLog(self.name, log_path, self.total_steps, start, self.sink if ranks.leads else None, ranks.leads)
         self.module.train()
-        with _catch_signals() as caught:
-            try:
-                for step, batch in zip(
-                    range(start_step, self.total_steps), meter.timed(self.batches(start_step)), strict=False
-                ):
-                    parts = self._one_step(batch, step)
-                    done = step + 1
-                    meter.add(len(batch["labels"]))
-                    log.advance()
-                    if done % self.log_every_steps == 0 or done == self.total_steps:
-                        watch.check(done, self._log(log, meter, done, parts))
-                    save_now = folder is not None and done % folder.checkpoint_every_steps == 0
-                    if store and folder and (save_now or caught or done == self.total_steps):
-                        self._check_finite(parts["loss"], done)
-                        store.save(done, self._state(done, folder.stamp))
-                    if caught:
-                        raise Interrupted(caught[0], done, saved=store is not None)
-            finally:
-                log.close()
-        return meter.summary()
+        try:
+            return _Run(self, update, skipped, log, store, folder).go(start)
+        finally:
+            log.close()
 
-    def _one_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        batch = {key: value.to(self.hardware.device, non_blocking=True) for key, value in batch.items()}
-        # Set from the step alone, so a resumed run needs no state of the schedule.
-        self.schedule.step_update(step)
-        with self.hardware.autocast():
-            loss, parts = self.step(batch, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.clip_grad:
-            parts["grad_norm"] = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad)
-        self.optimizer.step()
-        return {"loss": loss, **parts}
+    def state(self, step: int, skipped: SkippedSteps, stamp: dict[str, Any]) -> dict[str, Any]:
+        """All that a run needs to go on after `step` steps, by parameter names, so for any number of processes.
 
-    def _log(self, log: TrainLog, meter: "_Meter", done: int, parts: dict[str, Tensor]) -> Row:
-        self._check_finite(parts["loss"], done)
-        # Here and where a checkpoint is saved values are read back from the device, and nowhere else.
-        values = {key: float(value.detach()) for key, value in parts.items()}
-        values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-        log.row(done, values | meter.recent())
-        return values
-
-    def _check_finite(self, loss: Tensor, done: int) -> None:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise Diverged(
-                f"{self.name}: the loss is {value} after {done} steps; lower the learning rate, lengthen the "
-                "warm-up, or set runtime.precision to fp32, and run again"
-            )
-
-    def _state(self, step: int, stamp: dict[str, Any]) -> dict[str, Any]:
-        rng = {"cpu": torch.get_rng_state()}
-        if self.hardware.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
+        Learning rate, order of the samples and all randomness are functions of (seed, step), so they need no state.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        module, optimizer = get_state_dict(self.module, self.optimizer, options=options)
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": step,
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": [rng],  # one entry a rank
+            "total_steps": self.total_steps,
+            "seed": self.seed,
+            "module": module,
+            "optimizer": optimizer,
+            "skipped_steps": int(skipped.total),
+            "skipped_in_a_row": int(skipped.in_a_row),
             **stamp,
         }
 
-    def _restore(self, store: CheckpointStore | None) -> int:
-        state = store.load_newest() if store else None
-        if state is None:
+    def _restore(self, store: CheckpointStore | None, folder: RunFolder | None, skipped: SkippedSteps) -> int:
+        # One process looks, or a file that is damaged just then would send them different ways.
+        path = from_leader(store.newest) if store else None
+        if path is None or folder is None:
             return 0
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"][0]["cpu"])
-        if "cuda" in state["rng"][0]:
-            torch.cuda.set_rng_state(state["rng"][0]["cuda"])
+        state = load_checkpoint(path)
+        if not folder.force:
+            check_stamp(state, folder.stamp, path)
+        if state["step"] > self.total_steps:
+            raise UserError(
+                f"{path}: was made after {state['step']} steps, and this run has {self.total_steps}; raise the stage's "
+                "epochs in params.yaml, or run without --force"
+            )
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["module"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        skipped.total += state["skipped_steps"]
+        skipped.in_a_row += state["skipped_in_a_row"]
         logger.info("%s: going on from step %d of %d", self.name, state["step"], self.total_steps)
         return state["step"]
 
 
-class _Meter:
-    """Images per second and the share of time spent waiting for data, lately and over the whole run."""
-
-    def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps = warmup_steps
-        self.wait_s, self.images, self.steps = 0.0, 0, 0
-        self.start = self._mark = time.perf_counter()
-        self._mark_wait, self._mark_images = 0.0, 0
-        self._total_images, self._total_wait, self._total_start = 0, 0.0, self.start
-
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        iterator = iter(batches)
-        while True:
-            before = time.perf_counter()
-            batch = next(iterator, None)
-            self.wait_s += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, images: int) -> None:
-        self.images += images
-        self.steps += 1
-        if self.steps == self.warmup_steps:
-            # Start-up of workers and first allocations say nothing about the run.
-            self._total_images, self._total_wait = self.images, self.wait_s
-            self._total_start = time.perf_counter()
-
-    def recent(self) -> Row:
-        now = time.perf_counter()
-        row = _rates(self.images - self._mark_images, self.wait_s - self._mark_wait, now - self._mark)
-        self._mark, self._mark_wait, self._mark_images = now, self.wait_s, self.images
-        return row
-
-    def summary(self) -> Row:
-        now = time.perf_counter()
-        rates = _rates(self.images - self._total_images, self.wait_s - self._total_wait, now - self._total_start)
-        return {**rates, "wall_s": now - self.start}
+def check_stamp(state: dict[str, Any], stamp: dict[str, Any], path: Path) -> None:
+    """Raise UserError where a checkpoint was made by a run of another stamp; it names all that differs."""
+    if differences := compare_stamps(state, stamp):
+        raise UserError(
+            f"{path}: was made with other {'; '.join(differences)}. Expected this run's own; delete the folder to "
+            "start anew, or run the stage with --force to go on from it all the same"
+        )
 
 
-def _rates(images: int, wait_s: float, elapsed_s: float) -> Row:
-    elapsed_s = max(elapsed_s, 1e-9)
-    return {"images_per_s": images / elapsed_s, "data_wait_fraction": wait_s / elapsed_s}
+def compare_stamps(made: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two stamps, in words: parameters with both values, data, code."""
+    before, after = (_flat(stamp.get("params", {})) for stamp in (made, now))
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name} ({json.dumps(before.get(name))}, now {json.dumps(after.get(name))})"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+    differences = [f"parameters: {', '.join(changed)}"] if changed else []
+    for key, word in (("data_hash", "data"), ("code_version", "code")):
+        if made.get(key) != now.get(key):
+            differences.append(word)
+    return differences
 
 
-@contextmanager
-def _catch_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to, so that the step under way can finish and be saved."""
-    caught: list[int] = []
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class _Run:
+    """The steps of one `Training.run`."""
+
+    def __init__(
+        self,
+        training: Training,
+        update: TrainStep,
+        skipped: SkippedSteps,
+        log: TrainLog,
+        store: CheckpointStore | None,
+        folder: RunFolder | None,
+    ) -> None:
+        self.training, self.update, self.skipped, self.log = training, update, skipped, log
+        self.store, self.folder = store, folder
+        self.meter = Meter(training.log_every_steps)
+        self.watch = Watch(training.name, training.alarms)
+        self.agreement = Agreement()
+        self.ranks = Ranks.from_environment()
+        # On a GPU reading a value waits for all that was asked of it; on a CPU it is there already.
+        self.check_every = 1 if training.hardware.device.type == "cpu" else training.log_every_steps
+
+    def go(self, start: int) -> Row:
+        training = self.training
+        micro_batches = self.meter.timed(training.batches(start))
+        with caught_signals() as caught:
+            for step in range(start, training.total_steps):
+                if training.before_step:
+                    training.before_step(step)
+                batch = list(islice(micro_batches, training.accumulate_steps))
+                self._after(step + 1, self.update(batch, step), sum(len(part["labels"]) for part in batch))
+                stop = self.agreement.signal(caught)
+                if stop or self._saves_after(step + 1):
+                    self._save(step + 1)
+                if stop:
+                    self.agreement.wait_for_all()
+                    raise Interrupted(stop, step + 1, saved=self.store is not None)
+            self.agreement.wait_for_all()
+        return {**self.meter.summary(), "peak_memory_mb": peak_memory_mb(training.hardware.device)}
+
+    def _after(self, done: int, result: StepResult, images: int) -> None:
+        self.meter.add(images * self.ranks.count)
+        self.skipped.note(done, result.bad, result.positions)
+        self.log.advance()
+        logs = done % self.training.log_every_steps == 0 or done == self.training.total_steps
+        if logs or done % self.check_every == 0 or self._saves_after(done):
+            self.skipped.check()
+        if logs:
+            self._log(done, result)
+
+    def _log(self, done: int, result: StepResult) -> None:
+        # Here, and where steps are checked, values are read back from the device, and nowhere else.
+        means = mean_over_ranks(torch.stack([value.double() for value in result.values.values()]))
+        read = dict(zip(result.values, means.tolist(), strict=True))
+        values = {key: value for key, value in read.items() if torch.tensor(value).isfinite()}
+        values["lr"] = max(group["lr"] for group in self.training.optimizer.param_groups)
+        values["skipped_steps"] = float(self.skipped.total)
+        speed = {**self.meter.recent(), "peak_memory_mb": peak_memory_mb(self.training.hardware.device)}
+        self.log.row(done, values | speed)
+        self.watch.check(done, values)
+
+    def _saves_after(self, done: int) -> bool:
+        if self.folder is None:
+            return False
+        every, for_good = self.folder.checkpoint_every_steps, self.folder.keep_every_steps
+        due = done % every == 0 or done == self.training.total_steps
+        return due or (for_good is not None and done % for_good == 0)
+
+    def _save(self, done: int) -> None:
+        if self.store is None or self.folder is None:
+            return
+        state = self.training.state(done, self.skipped, self.folder.stamp)
+        if self.ranks.leads:
+            self.store.save(done, state)

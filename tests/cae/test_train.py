@@ -1,9 +1,11 @@
 """Training: a run that was stopped goes on as if it had not been; checkpoints, log, schedule, optimizer, device."""
 
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,23 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from cae.architecture import Architecture
-from cae.config import OptimizationConfig, RuntimeConfig
+from cae.config import OptimizationConfig, parse_params
 from cae.data.loader import Batch
 from cae.errors import Diverged, Interrupted, UserError
 from cae.heads import Classifier
 from cae.model import ContextAutoencoder, Encoder
 from cae.targets.dvae import Dvae, DvaeArchitecture
-from cae.train.checkpoint import CheckpointStore
+from cae.train.checkpoint import CheckpointStore, load_checkpoint
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import TrainLog
 from cae.train.loop import RunFolder, StepFunction, Training
 from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.skipping import SkippedSteps
+from tests.tiny import shipped_params
 
 MakeArchitecture = Callable[..., Architecture]
 TOTAL_STEPS = 12
 STEPS_PER_EPOCH = 4
 CPU = Hardware(torch.device("cpu"), bf16=False)
-TIMINGS = ("images_per_s", "data_wait_fraction")
+TIMINGS = ("images_per_s", "data_wait_fraction", "peak_memory_mb")
 
 
 def optimization(**changes: float) -> OptimizationConfig:
@@ -51,7 +55,8 @@ def batches(start: int) -> Iterable[Batch]:
     """Batches that depend on the step alone."""
     for step in range(start, TOTAL_STEPS):
         generator = torch.Generator().manual_seed(step)
-        yield {"images": torch.randn(6, 5, generator=generator), "labels": torch.arange(6) % 3}
+        images = torch.randn(6, 5, generator=generator)
+        yield {"images": images, "labels": torch.arange(6) % 3, "positions": torch.arange(6) + 6 * step}
 
 
 class Run:
@@ -62,7 +67,7 @@ class Run:
         self.module = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
         self.stop_at: int | None = None
         self.fail_at: int | None = None
-        self.nan_at: int | None = None
+        self.nan_at: set[int] = set()
         self.seen: list[tuple[int, dict[str, float]]] = []
         self.steps: list[int] = []
         self.log_every_steps = log_every_steps
@@ -75,7 +80,7 @@ class Run:
             raise OSError("the power is gone")
         logits = self.module(batch["images"])
         loss = nn.functional.cross_entropy(logits, batch["labels"])
-        if step == self.nan_at:
+        if step in self.nan_at:
             loss = loss * math.nan
         return loss, {"logit_norm": logits.norm()}
 
@@ -90,8 +95,10 @@ class Run:
             total_steps=TOTAL_STEPS,
             batches=batches,
             hardware=CPU,
+            seed=7,
             clip_grad=1.0,
             log_every_steps=self.log_every_steps,
+            keys_of=lambda positions: [f"image {position}" for position in positions.tolist()],
             sink=lambda step, row: self.seen.append((step, row)),
         )
 
@@ -105,8 +112,18 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
+def names(folder: Path) -> list[str]:
+    """Files of a folder, checkpoints without the checksum in their names."""
+    return sorted(re.sub("-[0-9a-f]{16}[.]pt$", ".pt", file.name) for file in folder.iterdir())
+
+
 def checkpoints(path: Path) -> list[str]:
-    return sorted(file.name for file in (path / "checkpoints").iterdir())
+    return names(path / "checkpoints")
+
+
+def newest(store: CheckpointStore) -> dict[str, Any] | None:
+    path = store.newest()
+    return load_checkpoint(path) if path else None
 
 
 def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
@@ -194,10 +211,11 @@ def test_checkpoints_appear_as_often_as_asked_and_at_the_end_and_two_are_kept(tm
     run = Run()
     run.go(tmp_path, checkpoint_every_steps=5)
     assert checkpoints(tmp_path) == ["step-000000010.pt", "step-000000012.pt"]
-    state = torch.load(tmp_path / "checkpoints" / "step-000000012.pt", weights_only=True)
+    state = newest(CheckpointStore(tmp_path / "checkpoints", 2, None))
+    assert state is not None
     assert state["step"] == TOTAL_STEPS
     assert state["stamp"] == "here"
-    assert state.keys() >= {"module", "optimizer", "rng"}
+    assert state.keys() >= {"module", "optimizer", "seed"}
 
 
 def test_the_log_has_losses_rate_and_speed_in_the_steps_asked_for(tmp_path: Path) -> None:
@@ -205,10 +223,12 @@ def test_the_log_has_losses_rate_and_speed_in_the_steps_asked_for(tmp_path: Path
     efficiency = run.go(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
-    assert all(line.keys() == {"step", "loss", "logit_norm", "grad_norm", "lr", *TIMINGS} for line in lines)
+    assert all(
+        line.keys() == {"step", "loss", "logit_norm", "grad_norm", "lr", "skipped_steps", *TIMINGS} for line in lines
+    )
     assert all(line["images_per_s"] > 0 and 0 <= line["data_wait_fraction"] <= 1 for line in lines)
     assert [(line.pop("step"), line) for line in lines] == run.seen
-    assert efficiency.keys() == {"images_per_s", "data_wait_fraction", "wall_s"}
+    assert efficiency.keys() == {*TIMINGS, "wall_s"}
     assert efficiency["wall_s"] > 0
 
 
@@ -240,35 +260,86 @@ def test_the_schedule_sets_the_rate_of_every_step() -> None:
     assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
 
 
-@pytest.mark.parametrize("log_every_steps", [1, 3])
-def test_a_loss_that_is_no_number_ends_the_run_with_advice(tmp_path: Path, log_every_steps: int) -> None:
-    run = Run(log_every_steps=log_every_steps)
-    run.nan_at = 5
-    with pytest.raises(Diverged, match=r"toy: the loss is nan after 6 steps; lower the learning rate.*precision"):
-        run.go(tmp_path)
-    assert rows_of(tmp_path)[-1]["step"] < 6
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_that_are_no_number_are_left_out_and_their_images_written_down(tmp_path: Path, fused: bool) -> None:
+    run = Run()
+    run.nan_at = {4, 5}
+    training = run.training()
+    if not fused:
+        training.optimizer = torch.optim.SGD(run.module.parameters(), lr=0.01)
+        training.schedule = cosine_schedule(training.optimizer, optimization(), STEPS_PER_EPOCH)
+    weights: list[Tensor] = []
+    training.before_step = lambda _step: weights.append(run.module[0].weight.detach().clone())
+    training.run(RunFolder(tmp_path, 100, {}))
+    changed = [not torch.equal(before, after) for before, after in itertools.pairwise(weights)]
+    # The rate of step 0 is 0.
+    assert changed == [step not in {4, 5} and (step > 0) for step in range(TOTAL_STEPS - 1)]
+    assert not any(torch.isnan(value).any() for value in run.module.state_dict().values())
+    written = [json.loads(line) for line in (tmp_path / "skipped-0.jsonl").read_text().splitlines()]
+    assert written == [{"step": step, "keys": [f"image {6 * (step - 1) + i}" for i in range(6)]} for step in (5, 6)]
+    rows = rows_of(tmp_path)
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 2, 2, 2, 2]
+    assert "loss" not in rows[2], "a row has numbers only"
 
 
-def test_a_diverged_state_is_not_saved(tmp_path: Path) -> None:
+def test_too_many_bad_steps_in_a_row_end_the_run_with_advice_and_lose_nothing(tmp_path: Path) -> None:
     run = Run(log_every_steps=4)
-    run.nan_at = 4
+    run.nan_at = {5, 6, 7, 8, 9, 10, 11}
+    training = run.training()
+    training.max_skipped_steps = 2
+    with pytest.raises(Diverged, match=r"toy: .* 3 steps in a row.*max_skipped_steps 2.*skipped-0.jsonl.*precision"):
+        training.run(RunFolder(tmp_path, 3, {}))
+    assert run.steps[-1] == 7
+    assert checkpoints(tmp_path) == ["step-000000003.pt", "step-000000006.pt"]
+    # The images are mended: it goes on from the last checkpoint, in the middle of the bad steps.
+    again = Run(seed=0)
+    again.go(tmp_path)
+    assert again.steps[0] == 6
+
+
+def test_the_device_stops_updating_by_itself_after_too_many_bad_steps() -> None:
+    # On a GPU the host comes to know some steps later.
+    skipped = SkippedSteps("toy", torch.device("cpu"), 1, None, None)
+    bad, good = torch.tensor(1.0), torch.tensor(0.0)
+    assert [bool(skipped.update(flag)) for flag in (bad, good, bad, bad, good, good)] == [True, False, True] + [
+        True
+    ] * 3
+
+
+def test_bad_steps_that_are_not_in_a_row_never_end_a_run(tmp_path: Path) -> None:
+    run = Run()
+    run.nan_at = {1, 3, 5, 7, 9}
+    training = run.training()
+    training.max_skipped_steps = 1
+    training.run(RunFolder(tmp_path, 100, {}))
+    assert run.steps[-1] == TOTAL_STEPS - 1
+
+
+def test_a_count_of_bad_steps_survives_a_restart(tmp_path: Path) -> None:
+    first = Run()
+    first.nan_at, first.stop_at = {2, 3}, 3
+    with pytest.raises(Interrupted):
+        first.go(tmp_path)
+    second = Run()
+    second.nan_at = {4}
+    training = second.training()
+    training.max_skipped_steps = 2
     with pytest.raises(Diverged):
-        run.go(tmp_path, checkpoint_every_steps=3)
-    assert checkpoints(tmp_path) == ["step-000000003.pt"]
+        training.run(RunFolder(tmp_path, 100, {"stamp": "here"}))
 
 
 def test_the_store_keeps_the_newest_two(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "made" / "here")
+    store = CheckpointStore(tmp_path / "made" / "here", 2, None)
     for step in (5, 9, 10, 100):
         store.save(step, {"step": step})
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step-000000010.pt", "step-000000100.pt"]
-    newest = store.load_newest()
-    assert newest is not None
-    assert newest["step"] == 100
+    assert names(store.folder) == ["step-000000010.pt", "step-000000100.pt"]
+    state = newest(store)
+    assert state is not None
+    assert state["step"] == 100
 
 
 def test_an_empty_store_has_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path).load_newest() is None
+    assert CheckpointStore(tmp_path, 2, None).newest() is None
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -287,16 +358,16 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, 2, None)
     for step in (1, 2):
         store.save(step, {"step": step, "weights": torch.ones(1000)})
-    newest = tmp_path / "step-000000002.pt"
-    newest.write_bytes(DAMAGE[kind](newest.read_bytes()))
+    damaged = store.paths()[-1]
+    damaged.write_bytes(DAMAGE[kind](damaged.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        state = store.load_newest()
+        state = newest(store)
     assert state is not None
     assert state["step"] == 1
-    assert newest.name in caplog.text
+    assert damaged.name in caplog.text
 
 
 class Gadget:
@@ -304,12 +375,10 @@ class Gadget:
 
 
 def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    store.save(1, {"step": 1})
-    torch.save({"step": 2, "gadget": Gadget()}, tmp_path / "step-000000002.pt")
-    state = store.load_newest()
-    assert state is not None
-    assert state["step"] == 1
+    store = CheckpointStore(tmp_path, 2, None)
+    path = store.save(1, {"step": 1, "gadget": Gadget()})
+    with pytest.raises(Exception, match="Gadget"):
+        load_checkpoint(path)
 
 
 class Witness:
@@ -320,24 +389,24 @@ class Witness:
         self.seen: list[str] = []
 
     def __reduce__(self) -> tuple[type[dict[str, int]], tuple[()]]:
-        self.seen = [path.name for path in self.folder.glob("step-*.pt")]
+        self.seen = [path.name[:14] for path in self.folder.glob("step-*.pt")]
         return dict, ()
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    store, witness = CheckpointStore(tmp_path), Witness(tmp_path)
+    store, witness = CheckpointStore(tmp_path, 2, None), Witness(tmp_path)
     store.save(1, {"step": 1})
     store.save(2, {"step": 2, "witness": witness})
-    assert witness.seen == ["step-000000001.pt"]
+    assert witness.seen == ["step-000000001"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_payload_that_cannot_be_saved_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, 2, None)
     store.save(1, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
         store.save(2, {"step": 2, "function": lambda: None})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+    assert names(tmp_path) == ["step-000000001.pt"]
 
 
 FULL_DISK = """
@@ -346,7 +415,7 @@ from pathlib import Path
 import torch
 from cae.train.checkpoint import CheckpointStore
 
-store = CheckpointStore(Path(sys.argv[1]))
+store = CheckpointStore(Path(sys.argv[1]), 2, None)
 store.save(1, {"step": 1, "weights": torch.zeros(10)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
@@ -360,23 +429,23 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) 
     # A limit on the size of files stands for the disk; it holds for a whole process, so it gets one of its own.
     child = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
     assert child.returncode == 1, child.stderr
-    state = CheckpointStore(tmp_path).load_newest()
+    state = newest(CheckpointStore(tmp_path, 2, None))
     assert state is not None
     assert state["step"] == 1
     assert "refused" in child.stderr
     assert "step-000000002.pt: the checkpoint could not be written" in child.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+    assert names(tmp_path) == ["step-000000001.pt"]
 
 
 def test_no_temporary_file_is_left_by_a_save(tmp_path: Path) -> None:
-    CheckpointStore(tmp_path).save(1, {"step": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+    CheckpointStore(tmp_path, 2, None).save(1, {"step": 1})
+    assert names(tmp_path) == ["step-000000001.pt"]
 
 
 def write_log(path: Path, steps: Iterable[int], start_step: int = 0) -> list[tuple[int, dict[str, float]]]:
     """Open a log at `start_step`, write a row a step, and return what its sink was given."""
     seen: list[tuple[int, dict[str, float]]] = []
-    log = TrainLog("toy", path, 100, start_step, lambda step, row: seen.append((step, row)))
+    log = TrainLog("toy", path, 100, start_step, lambda step, row: seen.append((step, row)), shows=True)
     for step in steps:
         log.advance()
         log.row(step, {"loss": 1 / step})
@@ -412,7 +481,7 @@ def test_a_log_that_starts_over_is_empty(tmp_path: Path) -> None:
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    log = TrainLog("toy", tmp_path / "log.jsonl", 10, 0, None)
+    log = TrainLog("toy", tmp_path / "log.jsonl", 10, 0, None, shows=True)
     log.row(1, {"loss": 2.5})
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "loss": 2.5}
     log.close()
@@ -496,7 +565,8 @@ def test_the_schedule_multiplies_the_scale_of_a_layer_in(make_architecture: Make
 
 
 def hardware(device: str, precision: str) -> Hardware:
-    return Hardware.choose(RuntimeConfig.model_validate({"device": device, "precision": precision, "num_workers": 0}))
+    runtime = parse_params(shipped_params()).runtime
+    return Hardware.choose(runtime.model_copy(update={"device": device, "precision": precision}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,0 +1,29 @@
+"""Stochastic depth that is the same however many processes share a batch."""
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for a share `rate` of the samples, and scales it for the others.
+
+    The training step gives `draws`, one uniform number for each sample of its part of the batch, drawn for the whole
+    batch by (seed, step): a sample then has the same fate on one process and on a thousand. Without them, and where no
+    gradient is taken (the alignment target), the global generator decides.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.draws: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        given = self.draws if torch.is_grad_enabled() else None
+        draws = torch.rand(x.shape[0], device=x.device) if given is None else given
+        factor = (draws >= self.rate).to(x.dtype) / (1.0 - self.rate)
+        return x * factor.view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
