@@ -48,9 +48,8 @@ def linear_cross_entropy(
 
 def _cast(x: Tensor, *others: Tensor) -> list[Tensor]:
     """All in the type that autocast would compute a linear layer in. It leaves float64 alone."""
-    kind = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    kind, dtype = x.device.type, x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     return [tensor.to(dtype) for tensor in (x, *others)]
 

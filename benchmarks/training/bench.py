@@ -136,8 +136,8 @@ def show(result: dict[str, Any]) -> None:
     if data := result.get("data"):
         console.print(
             f"Loader alone ({data['workers']} workers, JPEG): {data['loader_alone_images_per_s']:.1f} images/s; our "
-            f"step fed by it: {data['step_with_loader_images_per_s']:.2f} images/s, {data['data_wait_fraction']:.1%} of "
-            "the time waiting for data.",
+            f"step fed by it: {data['step_with_loader_images_per_s']:.2f} images/s, {data['data_wait_fraction']:.1%} "
+            "of the time waiting for data.",
             markup=False,
             highlight=False,
         )

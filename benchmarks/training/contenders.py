@@ -142,7 +142,8 @@ def _cae(batch: Batch) -> Step:
 
     visible, masked = batch.masks(MASKED_SHARE)
     step = OurStep(batch.setting, batch.tokens)
-    fed = {"images": batch.images, "visible": visible, "masked": masked}
+    labels = batch.tokens[:, 0]  # the loader gives some, and nothing reads them
+    fed = {"images": batch.images, "visible": visible, "masked": masked, "labels": labels}
     return lambda: step(fed)
 
 

@@ -33,21 +33,14 @@ PAPER_CROP = CropConfig(crop_scale=(0.08, 1.0), flip=0.5)
 
 def measure(setting: Setting) -> dict[str, float]:
     """Images a second of the loader alone and of our step fed by it, and the share of time that this step waits."""
-    device = setting.device
     with _loader(setting) as batches:
         alone, _ = _run(setting, batches, lambda batch: None)
-    visible = setting.num_patches - setting.num_masked(MASKED_SHARE)
-    tokens = torch.randint(0, VOCAB_SIZE, (setting.batch_size, setting.num_patches), device=device)
+    tokens = torch.randint(0, VOCAB_SIZE, (setting.batch_size, setting.num_patches), device=setting.device)
     step = OurStep(setting, tokens)
-
-    def train(batch: Batch) -> None:
-        assert batch["visible"].shape[1] == visible
-        step({key: value.to(device, non_blocking=True) for key, value in batch.items()})
-
     with _loader(setting) as batches:
-        fed, wait = _run(setting, batches, train)
+        fed, wait = _run(setting, batches, step)
     return {
-        "workers": num_workers(device),
+        "workers": num_workers(setting.device),
         "loader_alone_images_per_s": alone,
         "step_with_loader_images_per_s": fed,
         "data_wait_fraction": wait,

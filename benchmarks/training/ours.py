@@ -1,7 +1,8 @@
 """Our training step, as `pretrain` runs it, with the tokens given in place of a tokenizer."""
 
-import torch
-from torch import Tensor, nn
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+from torch.optim import AdamW
 
 from benchmarks.training.setting import (
     ALIGNMENT_WEIGHT,
@@ -20,7 +21,11 @@ from cae.model import ContextAutoencoder
 from cae.normalization import Normalization
 from cae.targets.tokens import TokenTarget
 from cae.train.optimizer import BETAS, EPS
+from cae.train.skipping import SkippedSteps
+from cae.train.step import TrainStep
 from pipeline.pretrain import Objective
+
+NUM_STEPS = 10_000  # of the schedule, which stays at its first step
 
 
 class GivenTokens(TokenTarget):
@@ -58,23 +63,27 @@ def architecture(setting: Setting) -> Architecture:
 
 
 class OurStep:
-    """One optimizer step on a batch of the loader that is on the device already."""
+    """One step of `pretrain` on a batch of the loader."""
 
     def __init__(self, setting: Setting, tokens: Tensor) -> None:
-        self.hardware = setting.hardware
         self.model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
         target = GivenTokens(tokens)
         normalization = Normalization([0.5] * 3, [0.25] * 3)
-        self.objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
+        objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
         if setting.compile:
-            self.objective.compile(setting.device)
+            objective.compile(setting.device)
+        optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
+        self.step = TrainStep(
+            self.model,
+            objective,
+            optimizer,
+            CosineLRScheduler(optimizer, t_initial=NUM_STEPS, t_in_epochs=False),
+            setting.hardware,
+            clip_grad=CLIP_GRAD,
+            accumulate=1,
+            seed=0,
+            skipped=SkippedSteps("bench", setting.device, 0, None, None),
+        )
 
-    def __call__(self, batch: Batch) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.hardware.autocast():
-            loss, _ = self.objective(batch, 0)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD, foreach=True)
-        self.optimizer.step()
-        return loss.detach()
+    def __call__(self, batch: Batch) -> None:
+        self.step([batch], 0)
