@@ -69,13 +69,13 @@ class OurStep:
         self.model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
         target = GivenTokens(tokens)
         normalization = Normalization([0.5] * 3, [0.25] * 3)
-        objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
+        self.objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
         if setting.compile:
-            objective.compile(setting.device)
+            self.objective.compile(setting.device)
         optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self.step = TrainStep(
             self.model,
-            objective,
+            self.objective,
             optimizer,
             CosineLRScheduler(optimizer, t_initial=NUM_STEPS, t_in_epochs=False),
             setting.hardware,

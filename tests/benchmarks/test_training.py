@@ -14,7 +14,6 @@ from benchmarks.training.plain import PlainCae, PlainStep
 from benchmarks.training.setting import Setting
 from cae.errors import UserError
 from cae.official import from_official
-from pipeline.pretrain import Objective
 
 
 def tiny(monkeypatch: pytest.MonkeyPatch, precision: str = "fp32") -> Setting:
@@ -44,13 +43,9 @@ def test_the_plain_step_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch)
     ours.model.eval()
     visible, masked = batch.masks(0.5)
     fed = {"images": batch.images, "visible": visible, "masked": masked}
-    loss, parts = ours.objective(fed, 0)
+    loss, _ = ours.objective(fed, 0)
     expected = PlainStep(plain, 2.0, 3.0, 1e-3, 0.05).loss(batch.normalized, batch.bool_mask(0.5), batch.tokens)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    # And the loss that is taken inside the model is the one of `pretrain`.
-    whole, whole_parts = Objective.__call__(ours.objective, fed, 0)
-    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
-    assert parts.keys() == whole_parts.keys()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")

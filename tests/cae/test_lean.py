@@ -33,7 +33,7 @@ SHAPES = {
 LEAN: dict[str, Callable[..., Tensor]] = {
     "linear": gained_linear,
     "mlp": gained_mlp,
-    "cross_entropy": lambda *inputs: linear_cross_entropy(*inputs, CLASSES),
+    "cross_entropy": lambda *inputs: linear_cross_entropy(*inputs, CLASSES)[0],
 }
 PLAIN: dict[str, Callable[..., Tensor]] = {
     "linear": plain_linear,
@@ -78,6 +78,14 @@ def test_values_and_gradients_are_those_of_autograd(
     for ours, expected in zip(*results, strict=True):
         difference = (ours.double() - expected.double()).norm() / expected.double().norm()
         assert difference < tolerance
+
+
+@pytest.mark.usefixtures("chunk")
+def test_the_share_of_right_classes_comes_with_the_loss() -> None:
+    x, weight, bias = inputs_of("cross_entropy")
+    _, share = linear_cross_entropy(x, weight, bias, CLASSES)
+    assert not share.requires_grad
+    assert 0 < share == (F.linear(x, weight, bias).argmax(-1) == CLASSES).double().mean()
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
