@@ -47,7 +47,7 @@ WHOLE = Share()
 class SampleOrder:
     """The stream of samples over shards of `counts` images; `window` is the most images that are shuffled together."""
 
-    def __init__(self, counts: Sequence[int], seed: int, window: int = WINDOW) -> None:
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, window: int = WINDOW) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = np.cumsum(self.counts) - self.counts
         self.num_samples = int(self.counts.sum())

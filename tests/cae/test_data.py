@@ -96,6 +96,18 @@ def test_shards_give_back_every_row_in_any_order(prepared: Path) -> None:
     assert labels.tolist() == [shards.label(i) for i in range(NUM_IMAGES)]
 
 
+def test_only_so_many_shards_are_open_at_a_time(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_maps() -> int:
+        return sum(str(prepared) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    monkeypatch.setattr("cae.data.shards.MAX_OPEN", 2)
+    before = num_maps()
+    shards = ImageShards(prepared, "train")
+    for position in [*range(NUM_IMAGES), *reversed(range(NUM_IMAGES))]:
+        assert shards.key(position) == f"image/{position:02d}"
+        assert num_maps() - before <= 2
+
+
 def test_splits_are_kept_apart(prepared: Path) -> None:
     val = ImageShards(prepared, "val")
     assert [val.key(i) for i in range(len(val))] == [f"image/{n}" for n in range(100, 104)]
