@@ -6,6 +6,7 @@ peak of resident memory, less what was resident before.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,19 +23,24 @@ def main() -> None:
     values = json.loads(fields)
     torch.set_num_threads(int(threads))
     setting = Setting(**{**values, "device": torch.device(values["device"])})
-    batch = Batch.draw(setting)
-    # What is imported or set up at first use is no memory of the step.
-    (torch.randn(64, 64, device=setting.device) @ torch.randn(64, 64, device=setting.device)).sum().item()
     if name in ("beit", "mae"):
         import transformers.models.beit.modeling_beit
         import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
-    else:
-        import benchmarks.training.ours  # noqa: F401
-    before = _start(setting.device)
-    step = build(name, batch)
+    batch = Batch.draw(setting)
+    sys.stdout.write(f"{peak_of(lambda: build(name, batch), setting.device)}\n")
+
+
+def peak_of(build_step: Callable[[], Callable[[], object]], device: torch.device) -> int:
+    """Bytes at the peak of building a step and running it three times, in a process that has done nothing else."""
+    # What is imported or set up at first use is no memory of the step.
+    (torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)).sum().item()
+    import benchmarks.training.ours  # noqa: F401
+
+    before = _start(device)
+    step = build_step()
     for _ in range(STEPS):
         step()
-    sys.stdout.write(f"{_peak(setting.device) - before}\n")
+    return _peak(device) - before
 
 
 def _start(device: torch.device) -> int:
