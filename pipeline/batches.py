@@ -41,7 +41,7 @@ def train_batches(
 ) -> BatchSource:
     """A share of the batches of training images from any step on, each image transformed with its own seed."""
     params = workspace.params
-    shards = ImageShards(workspace.prepared, "train")
+    shards = workspace.shards("train")
     dataset = TrainDataset(shards, transform, params.seed)
     order = SampleOrder(shards.counts, params.seed)
     part_size(batch_size, share)
@@ -61,7 +61,7 @@ def own_share(params: Params) -> Share:
 
 def training_keys(workspace: Workspace) -> KeysOf:
     """Where training images came from, by their positions in the shards."""
-    shards = ImageShards(workspace.prepared, "train")
+    shards = workspace.shards("train")
     return lambda positions: [shards.key(position) for position in positions.tolist()]
 
 
@@ -78,7 +78,7 @@ def evaluation_batches(
     With `target_px` (height, width) also the same crop at that size, under `target_images`.
     """
     target_transform = Evaluation(resized(preprocessing, target_px)) if target_px else None
-    dataset = EvalDataset(ImageShards(workspace.prepared, split), Evaluation(preprocessing), target_transform)
+    dataset = EvalDataset(workspace.shards(split), Evaluation(preprocessing), target_transform)
     return eval_loader(dataset, batch_size, workspace.params.runtime.num_workers, hardware.device)
 
 
@@ -102,7 +102,7 @@ def view_for_target(batch: Batch) -> Tensor:
 
 def first_images(workspace: Workspace, split: Split, preprocessing: Preprocessing, count: int) -> Tensor:
     """The first images of a split after evaluation preprocessing, uint8 [b, c, h, w]."""
-    shards = ImageShards(workspace.prepared, split)
+    shards = workspace.shards(split)
     transform = Evaluation(preprocessing)
     arrays = [transform(shards.image(position)) for position in range(min(count, len(shards)))]
     return torch.from_numpy(np.stack(arrays))

@@ -115,7 +115,7 @@ def prepared(workspace: Workspace) -> Iterator[Finding]:
         yield problem(name, str(error), remedy)
         return
     wrong = []
-    for shard in index.shards:
+    for shard in index.shards if index.shards_at is None else []:
         path = workspace.prepared / shard.file
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
@@ -127,7 +127,8 @@ def prepared(workspace: Workspace) -> Iterator[Finding]:
         yield problem(name, "; ".join(wrong), remedy)
         return
     counts = f"{index.count['train']} train and {index.count['val']} val images, {len(index.classes)} classes"
-    yield ok(name, f"{counts}, {len(index.shards)} shards of the right size")
+    place = "of the right size" if index.shards_at is None else f"at {index.shards_at}"
+    yield ok(name, f"{counts}, {len(index.shards)} shards {place}")
     with (workspace.prepared / "rejects.csv").open(newline="") as file:
         rejects = list(csv.DictReader(file))
     if rejects:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cae.data.shards import ImageShards
 from cae.weights import Trained
 from pipeline.batches import fits_prepared, spread_over_classes
 from pipeline.workspace import Workspace
@@ -19,7 +18,7 @@ def write_examples(workspace: Workspace, trained: Trained, folder: Path) -> list
     """
     if trained.architecture.channels not in (1, 3) or not fits_prepared(workspace, trained):
         return []
-    shards = ImageShards(workspace.prepared, "val")
+    shards = workspace.shards("val")
     names = []
     for number, position in enumerate(spread_over_classes(shards, workspace.params.export.num_examples)):
         image = shards.image(position)

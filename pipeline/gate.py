@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cae.config import GateConfig, HeadConfig
-from cae.data.shards import ImageShards, Split
+from cae.data.shards import Split
 from cae.train.device import Hardware, set_reproducible
 from cae.weights import Trained
 from pipeline.batches import Evaluation
@@ -221,7 +221,7 @@ def _fitting(config: HeadConfig, num_train: int) -> HeadConfig:
 
 def _batches(workspace: Workspace, trained: Trained, split: Split, count: int) -> Iterator[tuple[Array, Array]]:
     """At most `count` images of a split, uint8 [b, c, h, w], and their labels [b], drawn and mixed by the seed."""
-    shards = ImageShards(workspace.prepared, split)
+    shards = workspace.shards(split)
     transform = Evaluation(preprocessing_of(trained))
     drawn = np.random.default_rng(workspace.params.seed).permutation(len(shards))[:count]
     for start in range(0, len(drawn), BATCH_SIZE):

@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from cae.config import MaskConfig
-from cae.data.shards import ImageShards, Split
+from cae.data.shards import Split
 from cae.heads import AttentiveHead
 from cae.masking import MaskSampler
 from cae.storage import load_into, read_weights
@@ -79,7 +79,7 @@ class Studio:
 
     def sample(self, split: Split, count: int) -> Sample:
         """`count` images of a split, the classes in turn, so that each is seen."""
-        shards = ImageShards(self.workspace.prepared, split)
+        shards = self.workspace.shards(split)
         positions = spread_over_classes(shards, count)
         transform = Evaluation(self.workspace.preprocessing())
         images = np.stack([transform(shards.image(position)) for position in positions])

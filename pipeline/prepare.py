@@ -1,4 +1,8 @@
-"""Stage `prepare`: any source to shards, index, channel statistics and a list of what was not used."""
+"""Stage `prepare`: any source to shards, index, channel statistics and a list of what was not used.
+
+With `prepare.shards_at` the shards go to that URL when all are written, so the disk must hold one preparation; then
+only the index and the list stay.
+"""
 
 import hashlib
 import io
@@ -7,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +21,7 @@ from tqdm import tqdm
 
 from cae.config import OptimizationConfig, Params
 from cae.data.formats import HEAD_BYTES, image_kind
+from cae.data.remote import filesystem, upload
 from cae.data.shards import UNLABELLED, Index, Row, ShardInfo, ShardWriter, Split
 from cae.data.sources import Reject, Source, Unusable, open_source
 from cae.errors import UserError
@@ -123,6 +129,8 @@ def run(workspace: Workspace) -> None:
     started = time.perf_counter()
     params = workspace.params
     config = params.prepare
+    if config.shards_at:
+        filesystem(config.shards_at)  # hours before it is needed
     source = open_source(config.source, workspace.root, workspace.downloads)
     num_workers = params.runtime.num_workers
     channels = count_channels(source, num_workers) if config.channels == "auto" else config.channels
@@ -149,6 +157,8 @@ def run(workspace: Workspace) -> None:
         check_rejects(broken, source.strays, len(source), config, workspace.scratch)
         index = _index(config.source, source.classes, channels, moments / max(num_pixels, 1), [*train, *val])
         check_batch_sizes(params, index)
+        if config.shards_at:
+            index = _moved(index, folder, config.shards_at)
         index.write(folder)
     _tell(index, duplicates)
     workspace.write_metrics(
@@ -270,6 +280,17 @@ def _index(source: str, classes: list[str], channels: int, moments: np.ndarray, 
         shards=shards,
         hash=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest(),
     )
+
+
+def _moved(index: Index, folder: Path, url: str) -> Index:
+    """The index after its shards went from `folder` to a folder of their own at the URL."""
+    # By the hash: what an older preparation left there is still what its index names.
+    index = index.model_copy(update={"shards_at": f"{url.rstrip('/')}/{index.hash[:16]}"})
+    assert index.shards_at
+    upload(folder, index.shards, index.shards_at)
+    for shard in index.shards:
+        (folder / shard.file).unlink()
+    return index
 
 
 def _tell(index: Index, duplicates: Sequence[Reject]) -> None:

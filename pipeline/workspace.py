@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cae.config import Params, load_params
-from cae.data.shards import Index
+from cae.data.remote import open_shards
+from cae.data.shards import ImageShards, Index, Split
 from serving.preprocess import Preprocessing
 
 PRETRAINED = "models/pretrain"
@@ -121,6 +122,11 @@ class Workspace:
     @cached_property
     def index(self) -> Index:
         return Index.read(self.prepared)
+
+    def shards(self, split: Split) -> ImageShards:
+        """The prepared images of a split."""
+        # Not under `scratch`: what measures other weights reads the same images.
+        return open_shards(self.prepared, split, self.root / "scratch/shards")
 
     def preprocessing(self) -> Preprocessing:
         """Evaluation preprocessing of the prepared images, as the server will do it."""

@@ -72,13 +72,6 @@ class SampleOrder:
             samples += [SampleId(epoch, position) for position in chosen]
         return samples
 
-    def shards_from(self, start: int) -> Iterator[int]:
-        """The shards that the stream reads from sample `start` to the end of that epoch, by window, each once."""
-        epoch, offset = divmod(start, self.num_samples)
-        self._plan(epoch)
-        number = int(np.searchsorted(self._window_starts, offset, side="right")) - 1
-        yield from self._shards[self._windows[number] :].tolist()
-
     def _plan(self, epoch: int) -> None:
         if epoch == self._epoch:
             return

@@ -9,7 +9,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +61,7 @@ class Index(BaseModel):
     std: list[float]
     shards: list[ShardInfo]
     hash: str  # of the shards' hashes, in order
+    shards_at: str | None = None  # URL of the folder that holds the shards; None: beside this file
 
     @classmethod
     def read(cls, folder: Path) -> "Index":
@@ -118,14 +119,37 @@ class ShardWriter:
         self._rows, self._bytes = [], 0
 
 
+class ShardFiles(Protocol):
+    """Where the files of shards are."""
+
+    def open(self, info: ShardInfo) -> pa.MemoryMappedFile:
+        """The mapped file; raises OSError where there is none."""
+
+    def has(self, info: ShardInfo) -> bool:
+        """Whether the file still lies there; one that does not takes up disk for as long as it is mapped."""
+
+
+class LocalFiles:
+    """Shards in a folder, which stay."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, info: ShardInfo) -> pa.MemoryMappedFile:
+        return pa.memory_map(str(self.folder / info.file))
+
+    def has(self, _info: ShardInfo) -> bool:
+        return True
+
+
 class ImageShards:
     """The images of one split, by position.
 
     Files are mapped on first use in each process, never loaded whole; those longest unused are closed.
     """
 
-    def __init__(self, folder: Path, split: Split) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, split: Split, files: ShardFiles | None = None) -> None:
+        self.folder, self.files = folder, files or LocalFiles(folder)
         self.index = Index.read(folder)
         self.infos = [shard for shard in self.index.shards if shard.split == split]
         self._ends = np.cumsum([shard.count for shard in self.infos])
@@ -173,13 +197,16 @@ class ImageShards:
 
     def _batch(self, shard: int) -> pa.RecordBatch:
         if shard not in self._batches:
-            path = self.folder / self.infos[shard].file
+            info = self.infos[shard]
             try:
-                self._batches[shard] = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+                self._batches[shard] = pa.ipc.open_file(self.files.open(info)).get_batch(0)
             except (OSError, pa.ArrowInvalid) as error:
                 raise UserError(
-                    f"{path}: cannot be read as a shard ({error}); run `dvc repro --force prepare` to make it again"
+                    f"{self.folder / info.file}: cannot be read as a shard ({error}); "
+                    "run `dvc repro --force prepare` to make it again"
                 ) from None
+            for other in [other for other in self._batches if not self.files.has(self.infos[other])]:
+                del self._batches[other]
             if len(self._batches) > MAX_OPEN:
                 self._batches.popitem(last=False)
         self._batches.move_to_end(shard)
