@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import pyarrow as pa
 from filelock import FileLock
 

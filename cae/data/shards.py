@@ -179,7 +179,7 @@ class ImageShards:
     def place(self, position: int) -> str:
         """An image by its key and its file, for messages."""
         file = self.infos[int(np.searchsorted(self._ends, position, side="right"))].file
-        return f"image {self.key(position)} in {self.folder / file}"
+        return f"image {self.key(position)} in {self.index.shards_at or self.folder}/{file}"
 
     def label(self, position: int) -> int:
         batch, row = self._locate(position)
