@@ -10,7 +10,7 @@ TOOLS_STAMP := $(TOOLS)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test soak lint serve bench bench-serving tools audit licenses images test-containers lint-containers lock lock-cpu clean
+.PHONY: help env repro test soak lint serve bench bench-serving bench-training tools audit licenses images test-containers lint-containers lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,8 +35,8 @@ repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
 test: $(STAMP)  ## run the tests
 	pytest
 
-soak: $(STAMP)  ## run the hard tests of the server in full (some minutes; `make test` has a sample of each)
-	CAE_SOAK=1 pytest tests/serving/soak -v -o log_cli=true -o log_cli_level=INFO
+soak: $(STAMP)  ## run the hard tests in full: the server under attack, twenty kills of a training (some minutes; `make test` has a sample of each)
+	CAE_SOAK=1 pytest tests/serving/soak tests/e2e/test_kills.py -v -o log_cli=true -o log_cli_level=INFO
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	ruff check .
@@ -47,10 +47,13 @@ lint: $(STAMP)  ## ruff, mypy and the import contracts
 serve: $(STAMP)  ## serve the bundle that `make repro` made
 	cae-pipe serve --bundle models/bundle
 
-bench: bench-serving  ## every benchmark
+bench: bench-serving bench-training  ## every benchmark
 
 bench-serving: $(STAMP)  ## our server, LitServe and the bare session in turn; ARGS="--rounds 2 --seconds 4"
 	python -m benchmarks.serving $(ARGS)
+
+bench-training: $(STAMP)  ## our training step, a plain one, BEiT and ViTMAE in turn; ARGS="--precision bf16 --out FILE.json"
+	cae-pipe bench $(ARGS)
 
 images:  ## build the images cae-serving, cae-serving:cuda and cae-pipeline; ARGS="--build-arg BASE=..." goes to docker build
 	docker build $(BUILD) -f docker/serving.Dockerfile -t cae-serving .

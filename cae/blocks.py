@@ -7,6 +7,7 @@ from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from cae.drop_path import DropPath
+from cae.lean import gained_linear, gained_mlp
 
 # Epsilon of every LayerNorm in the official models.
 NORM_EPS = 1e-6
@@ -49,29 +50,41 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Self-attention."""
+        return self.proj(self.mix(x))
+
+    def mix(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Self-attention before its output projection."""
         bias = self.relative_position.get_bias() if self.relative_position else None
-        return self._attend(*self._self_projections(x), bias)
+        return _attend(*self._self_projections(x), bias)
 
     def cross(
         self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b m d"]:
         """Cross-attention."""
-        v_weight = self.qkv.weight.chunk(3)[2]
-        return self._attend(*self._query_and_key(query, key), self._heads(F.linear(value, v_weight, self.v_bias)))
+        return self.proj(self.mix_cross(query, key, value))
+
+    def mix_cross(
+        self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b m d"]:
+        """Cross-attention before its output projection."""
+        q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
+        projected = (
+            F.linear(query, q_weight, self.q_bias),
+            F.linear(key, k_weight),
+            F.linear(value, v_weight, self.v_bias),
+        )
+        return _attend(*map(self._heads, projected))
 
     def cross_weights(self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"]) -> Float[Tensor, "b h m n"]:
         """Attention weights of cross-attention, per head."""
-        return _weights(*self._query_and_key(query, key))
+        q_weight, k_weight, _ = self.qkv.weight.chunk(3)
+        return _weights(self._heads(F.linear(query, q_weight, self.q_bias)), self._heads(F.linear(key, k_weight)))
 
     def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
         """Attention weights of the first token (the class token) over all tokens, per head."""
         query, key, _ = self._self_projections(x)
         bias = self.relative_position.get_bias()[:, :, :1] if self.relative_position else None
         return _weights(query[:, :, :1], key, bias).squeeze(2)
-
-    def _query_and_key(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        q_weight, k_weight, _ = self.qkv.weight.chunk(3)
-        return self._heads(F.linear(query, q_weight, self.q_bias)), self._heads(F.linear(key, k_weight))
 
     def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -81,14 +94,20 @@ class Attention(nn.Module):
     def _heads(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n e"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Float[Tensor, "b n d"]:
-        if bias is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
-            # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward; with a
-            # bias it is no graph that torch 2.15 can export.
-            mixed = _weights(query, key, bias) @ value
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+def _attend(
+    query: Float[Tensor, "b h m e"],
+    key: Float[Tensor, "b h n e"],
+    value: Float[Tensor, "b h n e"],
+    bias: Float[Tensor, "1 h m n"] | None = None,
+) -> Float[Tensor, "b m d"]:
+    if bias is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+        # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward; with a
+        # bias it is no graph that torch 2.15 can export.
+        mixed = _weights(query, key, bias) @ value
+    else:
+        mixed = F.scaled_dot_product_attention(query, key, value)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _weights(
@@ -99,26 +118,28 @@ def _weights(
 
 
 class LayerScale(nn.Module):
-    """Learned gain of a residual branch, one value a channel."""
+    """Learned gain of a residual branch, one value a channel; the branch's last linear layer multiplies it in."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), initial))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, four times as wide inside."""
+    """Two linear layers with a GELU between them, four times as wide inside; then the branch's gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Float[Tensor, "b n d"], scale: LayerScale) -> Float[Tensor, "b n d"]:
+        return gained_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, scale.gamma)
+
+
+def _project(mixed: Float[Tensor, "b n d"], attention: Attention, scale: LayerScale) -> Float[Tensor, "b n d"]:
+    """The attention's output projection, then the branch's gain."""
+    return gained_linear(mixed, attention.proj.weight, attention.proj.bias, scale.gamma)
 
 
 class Block(nn.Module):
@@ -142,10 +163,10 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n d"], use_drop_path: bool = True) -> Float[Tensor, "b n d"]:
-        attended = self.ls1(self.attn(self.norm1(x)))
-        x = x + (self.drop_path(attended) if use_drop_path else attended)
-        mapped = self.ls2(self.mlp(self.norm2(x)))
-        return x + (self.drop_path(mapped) if use_drop_path else mapped)
+        attended = _project(self.attn.mix(self.norm1(x)), self.attn, self.ls1)
+        x = self.drop_path.add(x, attended) if use_drop_path else x + attended
+        mapped = self.mlp(self.norm2(x), self.ls2)
+        return self.drop_path.add(x, mapped) if use_drop_path else x + mapped
 
 
 class RegressorBlock(nn.Module):
@@ -177,6 +198,6 @@ class RegressorBlock(nn.Module):
         context = torch.cat([z_v, x], dim=1)
         positions = torch.cat([positions_v, positions_m], dim=1)
         query = self.norm_q(x + positions_m)
-        attended = self.attn.cross(query, self.norm_k(context + positions), self.norm_v(context))
-        x = self.norm2(x + self.drop_path(self.ls1(attended)))
-        return x + self.drop_path(self.ls2(self.mlp(x)))
+        mixed = self.attn.mix_cross(query, self.norm_k(context + positions), self.norm_v(context))
+        x = self.norm2(self.drop_path.add(x, _project(mixed, self.attn, self.ls1)))
+        return self.drop_path.add(x, self.mlp(x, self.ls2))

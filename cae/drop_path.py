@@ -17,13 +17,25 @@ class DropPath(nn.Module):
         self.rate = rate
         self.draws: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, branch: Tensor) -> Tensor:
+        factors = self._factors(branch)
+        return branch if factors is None else branch * factors
+
+    def add(self, stream: Tensor, branch: Tensor) -> Tensor:
+        """`stream + self(branch)`, and of the branch nothing is kept for the backward pass."""
+        factors = self._factors(stream)
+        if factors is None:
+            return stream + branch
+        return torch.addcmul(stream, branch.to(stream.dtype), factors)
+
+    def _factors(self, x: Tensor) -> Tensor | None:
+        """What each sample's branch is multiplied with [b, 1, ...]; None where all are kept."""
         if not self.training or self.rate == 0.0:
-            return x
+            return None
         given = self.draws if torch.is_grad_enabled() else None
         draws = torch.rand(x.shape[0], device=x.device) if given is None else given
-        factor = (draws >= self.rate).to(x.dtype) / (1.0 - self.rate)
-        return x * factor.view(-1, *[1] * (x.dim() - 1))
+        factors = (draws >= self.rate).to(x.dtype) / (1.0 - self.rate)
+        return factors.view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

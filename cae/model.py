@@ -4,6 +4,7 @@ X_v ──encoder F──▶ Z_v ──regressor H──▶ Z_m ──decoder G�
 X_m ──encoder F, no gradient──▶ Z̄_m                                alignment loss between Z_m and Z̄_m
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cae.architecture import Architecture, EncoderArchitecture
 from cae.blocks import NORM_EPS, Block, RegressorBlock, init_weights
 from cae.positions import sincos_positions
+from cae.targets import TrainingLoss
 from cae.timm_encoder import TimmEncoder
 
 
@@ -146,16 +148,32 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z_m: Float[Tensor, "b m d"], positions_m: Float[Tensor, "b m d"]) -> Float[Tensor, "b m k"]:
+        return self.head(self.before_head(z_m, positions_m))
+
+    def before_head(self, z_m: Float[Tensor, "b m d"], positions_m: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """All but the last linear layer, which a loss may want to do piece by piece."""
         x = z_m + positions_m
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+
+HeadLoss = Callable[[Float[Tensor, "b m d"], nn.Linear], TrainingLoss]
+"""Decoding loss from the input of the decoder's last layer, and that layer: see `Target.head_loss`."""
 
 
 class CaeOutput(NamedTuple):
     """What one forward pass gives, in the words of the equations."""
 
     prediction: Float[Tensor, "b m k"]  # Y_m: logits over the vocabulary, or pixels
+    z_m: Float[Tensor, "b m d"]
+    z_m_target: Float[Tensor, "b m d"]
+
+
+class CaeLosses(NamedTuple):
+    """What one forward pass gives where the decoding loss is taken inside it."""
+
+    decoding: TrainingLoss
     z_m: Float[Tensor, "b m d"]
     z_m_target: Float[Tensor, "b m d"]
 
@@ -185,9 +203,17 @@ class ContextAutoencoder(nn.Module):
         self.register_buffer("positions", sincos_positions(architecture.grid, predictor_width), persistent=False)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], visible: Int[Tensor, "b v"], masked: Int[Tensor, "b m"]
-    ) -> CaeOutput:
-        """`images` are normalised; `visible` and `masked` are ascending patch indices, row-major."""
+        self,
+        images: Float[Tensor, "b c h w"],
+        visible: Int[Tensor, "b v"],
+        masked: Int[Tensor, "b m"],
+        head_loss: HeadLoss | None = None,
+    ) -> CaeOutput | CaeLosses:
+        """`images` are normalised; `visible` and `masked` are ascending patch indices, row-major.
+
+        With `head_loss` it gives CaeLosses: all logits at once would be the largest tensor of a training step. The
+        loss is taken in here, for the wrappers of parallel training see only what `forward` uses.
+        """
         embedded = self.encoder.embed(images)
         # The pass with gradient comes first: autocast keeps its bf16 copies of the weights for the second pass, and
         # some versions of torch lose the gradient of copies that were first made under no_grad.
@@ -195,7 +221,10 @@ class ContextAutoencoder(nn.Module):
         with torch.no_grad():
             target = self.encoder.encode(gather_patches(embedded, masked), self.alignment_drop_path)
             z_m_target = self.projection(target[:, self.encoder.num_prefix :])
-        return CaeOutput(self.decode(z_m, masked), z_m, z_m_target)
+        if head_loss is None:
+            return CaeOutput(self.decode(z_m, masked), z_m, z_m_target)
+        decoded = self.decoder.before_head(z_m, self.patch_positions(masked))
+        return CaeLosses(head_loss(decoded, self.decoder.head), z_m, z_m_target)
 
     def regress(
         self, embedded: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], masked: Int[Tensor, "b m"]

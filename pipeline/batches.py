@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae.config import ModelConfig
-from cae.data.loader import Batch, EpochBatches, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
+from cae.config import ModelConfig, Params
+from cae.data.loader import Batch, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
+from cae.data.order import EpochBatches, SampleOrder, Share, part_size
 from cae.data.shards import INDEX_NAME, ImageShards, Picture, Split
 from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
+from cae.train.parallel import Ranks
 from cae.train.skipping import KeysOf
 from cae.weights import Trained
 from pipeline.workspace import Workspace
@@ -29,18 +31,32 @@ class Evaluation:
 
 
 def train_batches(
-    workspace: Workspace, transform: Transform, *, batch_size: int, total_steps: int, hardware: Hardware
+    workspace: Workspace,
+    transform: Transform,
+    *,
+    batch_size: int,
+    total_steps: int,
+    share: Share,
+    hardware: Hardware,
 ) -> BatchSource:
-    """Batches of the training images from any step on, each image transformed with its own seed."""
+    """A share of the batches of training images from any step on, each image transformed with its own seed."""
     params = workspace.params
     shards = ImageShards(workspace.prepared, "train")
     dataset = TrainDataset(shards, transform, params.seed)
+    order = SampleOrder(shards.counts, params.seed)
+    part_size(batch_size, share)
 
     def from_step(start: int) -> Iterable[Batch]:
-        order = EpochBatches(len(shards), batch_size, params.seed, start, total_steps)
-        return train_loader(dataset, order, params.runtime.num_workers, hardware.device)
+        batches = EpochBatches(order, batch_size, start, total_steps, share)
+        return train_loader(dataset, batches, params.runtime.num_workers, hardware.device)
 
     return from_step
+
+
+def own_share(params: Params) -> Share:
+    """What this process takes of every batch of a training that all processes share."""
+    ranks = Ranks.from_environment()
+    return Share(ranks.rank, ranks.count, params.runtime.accumulate_steps)
 
 
 def training_keys(workspace: Workspace) -> KeysOf:

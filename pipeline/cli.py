@@ -13,6 +13,7 @@ import typer
 
 from cae.errors import UserError
 from pipeline import failures
+from pipeline.bench_command import bench
 from pipeline.exit_codes import ExitCode, epilog
 from pipeline.import_commands import imports
 from pipeline.plan_command import plan
@@ -299,6 +300,7 @@ def doctor(
 
 app.add_typer(stages)
 app.command(rich_help_panel=LOOK)(plan)
+app.command(rich_help_panel=LOOK)(bench)
 app.add_typer(profile, name="profile", rich_help_panel=START)
 app.add_typer(imports, name="import", rich_help_panel=START)
 
@@ -306,7 +308,7 @@ app.add_typer(imports, name="import", rich_help_panel=START)
 def main() -> None:
     """Entry point: errors of the user are one message without a traceback, and every kind of end has its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for package in ("cae", "pipeline", "serving"):
+    for package in ("benchmarks", "cae", "pipeline", "serving"):
         logging.getLogger(package).setLevel(logging.INFO)
     failures.run(app)
 

@@ -10,7 +10,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from cae.config import FinetuneConfig
-from cae.data.loader import Batch, steps_per_epoch
+from cae.data.loader import Batch
+from cae.data.order import total_steps
 from cae.data.transforms import FinetuneTransform, seeded
 from cae.heads import Classifier
 from cae.model import AnyEncoder
@@ -21,7 +22,7 @@ from cae.train.loop import RunFolder, Training
 from cae.train.optimizer import adamw, cosine_schedule
 from cae.train.parallel import Ranks, checkpoint_activations
 from cae.weights import Trained, describe, for_finetuning, save_trained
-from pipeline.batches import evaluation_batches, train_batches, training_keys, unit_range
+from pipeline.batches import evaluation_batches, own_share, train_batches, training_keys, unit_range
 from pipeline.checkpoints import load_for_data, preprocessing_of
 from pipeline.live import curves
 from pipeline.runs import run_folder
@@ -99,20 +100,21 @@ def train(
     if params.runtime.activation_checkpointing:
         checkpoint_activations(model)
     optimizer = adamw(model, config, config.layer_decay)
-    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
-    total_steps = config.epochs * per_epoch
+    num_train = index.count["train"]
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
     efficiency = Training(
         name="finetune from random weights" if folder.path.name == RANDOM_INIT else "finetune",
         module=model,
         step=step,
         optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config, per_epoch),
-        total_steps=total_steps,
+        schedule=cosine_schedule(optimizer, config, num_train),
+        total_steps=num_steps,
         batches=train_batches(
             workspace,
             FinetuneTransform(trained.architecture.size_px, config, index.mean),
             batch_size=config.batch_size,
-            total_steps=total_steps,
+            total_steps=num_steps,
+            share=own_share(params),
             hardware=hardware,
         ),
         hardware=hardware,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cae.config import HeadConfig, NeighborConfig
-from cae.data.loader import Batch, EpochBatches, steps_per_epoch
+from cae.data.loader import Batch
+from cae.data.order import EpochBatches, SampleOrder, total_steps
 from cae.heads import LinearHead, knn_predict
 from cae.train.device import Hardware
 from cae.train.log import Row
@@ -59,8 +60,7 @@ def train_head(
 ) -> Row:
     """Train `head` on what `values` makes of a batch; `batches` gives them, whole, for a number of steps."""
     head.to(hardware.device)
-    per_epoch = steps_per_epoch(num_train, config.batch_size)
-    total_steps = config.epochs * per_epoch
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
 
     def step(batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         return F.cross_entropy(head(values(batch)).float(), batch["labels"].long()), {}
@@ -70,9 +70,9 @@ def train_head(
         module=head,
         step=step,
         optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config, per_epoch),
-        total_steps=total_steps,
-        batches=batches(total_steps),
+        schedule=cosine_schedule(optimizer, config, num_train),
+        total_steps=num_steps,
+        batches=batches(num_steps),
         hardware=hardware,
         seed=seed,
     ).run()
@@ -100,11 +100,12 @@ def neighbor_scores(bank: Features, queries: Features, config: NeighborConfig, n
     return scores_of(votes, queries["labels"])
 
 
-def cached_batches(features: Features, batch_size: int, seed: int, total_steps: int) -> BatchSource:
+def cached_batches(features: Features, batch_size: int, seed: int, num_steps: int) -> BatchSource:
     """Batches of features that are all in memory, in the order of `EpochBatches`."""
+    order = SampleOrder([len(features["labels"])], seed)
 
     def from_step(start: int) -> Iterable[Batch]:
-        return _pick(features, EpochBatches(len(features["labels"]), batch_size, seed, start, total_steps))
+        return _pick(features, EpochBatches(order, batch_size, start, num_steps))
 
     return from_step
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cae.config import Params
-from cae.data.loader import steps_per_epoch
+from cae.data.order import total_steps
 from cae.data.shards import INDEX_NAME, Index
 from cae.errors import UserError
 from pipeline import profiles
@@ -161,8 +161,8 @@ def speed_of(step_macs: float, machine: Machine, measured: float | None) -> Spee
 
 
 def images_seen(num_images: int, epochs: int, batch_size: int) -> int:
-    """Images that all steps take together; an epoch has full batches only."""
-    return epochs * steps_per_epoch(num_images, batch_size) * batch_size
+    """Images that all steps take together; the last batch is full, too."""
+    return total_steps(num_images, batch_size, epochs) * batch_size
 
 
 def _prepared(workspace: Workspace, params: Params) -> Index | None:

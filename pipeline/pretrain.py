@@ -1,5 +1,6 @@
 """Stage `pretrain`: the Context Autoencoder on the prepared images, without labels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import torch
 from torch import Tensor
 
 from cae.config import Params
-from cae.data.loader import Batch, steps_per_epoch
+from cae.data.loader import Batch
+from cae.data.order import steps_in, total_steps
 from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
-from cae.model import CaeOutput, ContextAutoencoder, alignment_loss
+from cae.model import CaeLosses, CaeOutput, ContextAutoencoder, alignment_loss
 from cae.normalization import Normalization, Normalize
 from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
 from cae.train.alarm import Alarm
+from cae.train.compile import compiled
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
@@ -24,6 +27,7 @@ from cae.weights import describe, load_trained, save_trained
 from pipeline.batches import (
     draw_masks,
     evaluation_batches,
+    own_share,
     second_view_px,
     train_batches,
     training_keys,
@@ -54,6 +58,11 @@ class Objective:
         self.model, self.target = model, target
         self.normalize = Normalize(normalization)
         self.alignment_weight, self.alignment_warmup_steps = alignment_weight, alignment_warmup_steps
+        self.forward = self.losses
+
+    def compile(self, device: torch.device) -> None:
+        """From now on the pass of the model is compiled, where that is possible."""
+        self.forward = compiled(self.losses, wanted=True, device=device)
 
     def to(self, device: torch.device) -> "Objective":
         for module in (self.model, self.target, self.normalize):
@@ -61,22 +70,39 @@ class Objective:
         return self
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        output, codes = self.forward(batch)
-        decoding = self.target.loss(output.prediction, codes)
-        alignment = alignment_loss(output.z_m, output.z_m_target)
-        parts = {"decoding_loss": decoding, "alignment_loss": alignment, "latent_variance": latent_variance(output)}
+        codes = self.codes(batch)
+        images = self.normalize(unit_range(batch["images"]))
+        output = self.forward(images, batch["visible"], batch["masked"], codes)
+        decoding, alignment = output.decoding.loss, alignment_loss(output.z_m, output.z_m_target)
+        parts = {
+            "decoding_loss": decoding,
+            "alignment_loss": alignment,
+            "latent_variance": latent_variance(output.z_m_target),
+            **output.decoding.scores,
+        }
         weight = self.alignment_weight * min(1.0, (step + 1) / max(1, self.alignment_warmup_steps))
         return decoding + weight * alignment, parts
 
-    def forward(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
-        """The model's output and the targets of the masked patches."""
-        images = unit_range(batch["images"])
+    def losses(self, images: Tensor, visible: Tensor, masked: Tensor, codes: Tensor) -> CaeLosses:
+        """One pass of the model with the decoding loss taken in it; `images` are normalised."""
+        output = self.model(images, visible, masked, partial(self.target.head_loss, codes=codes))
+        assert isinstance(output, CaeLosses)
+        return output
+
+    def codes(self, batch: Batch) -> Tensor:
+        """The targets of the masked patches."""
         # No autocast: near ties between codes would fall either way.
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+        with torch.inference_mode(), torch.autocast(batch["images"].device.type, enabled=False):
             codes = take(self.target.encode(view_for_target(batch)), batch["masked"])
         # A copy, for what inference mode makes cannot take part in a loss.
-        codes = codes.clone()
-        return self.model(self.normalize(images), batch["visible"], batch["masked"]), codes
+        return codes.clone()
+
+    def predict(self, batch: Batch) -> tuple[CaeOutput, Tensor]:
+        """The model's whole output, and the targets of the masked patches."""
+        images = self.normalize(unit_range(batch["images"]))
+        output = self.model(images, batch["visible"], batch["masked"])
+        assert isinstance(output, CaeOutput)
+        return output, self.codes(batch)
 
 
 def run(workspace: Workspace) -> None:
@@ -100,12 +126,15 @@ def run(workspace: Workspace) -> None:
         load_parts(model, start)
     model.to(hardware.device)
     share_out(model, params.runtime)
-    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
-    warmup_steps = round(config.alignment_warmup_epochs * per_epoch)
+    num_train = index.count["train"]
+    lr_warmup_steps = steps_in(config.warmup_epochs, num_train, config.batch_size)
+    warmup_steps = steps_in(config.alignment_warmup_epochs, num_train, config.batch_size)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
+    if params.runtime.compile:
+        objective.compile(hardware.device)
     masks = mask_sampler(params)
     optimizer = adamw(model, config)
-    total_steps = config.epochs * per_epoch
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
     with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
         efficiency = Training(
@@ -113,13 +142,14 @@ def run(workspace: Workspace) -> None:
             module=model,
             step=objective,
             optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config, per_epoch),
-            total_steps=total_steps,
+            schedule=cosine_schedule(optimizer, config, num_train),
+            total_steps=num_steps,
             batches=train_batches(
                 workspace,
                 training_transform(params, target),
                 batch_size=config.batch_size,
-                total_steps=total_steps,
+                total_steps=num_steps,
+                share=own_share(params),
                 hardware=hardware,
             ),
             hardware=hardware,
@@ -130,7 +160,7 @@ def run(workspace: Workspace) -> None:
             log_every_steps=config.log_every_steps,
             sink=sink,
             keys_of=training_keys(workspace),
-            alarms=(collapse_alarm(round(max(config.warmup_epochs * per_epoch, COLLAPSED_AFTER * total_steps))),),
+            alarms=(collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * num_steps))),),
         ).run(folder)
     state = whole_state(model)
     if not Ranks.from_environment().leads:
@@ -189,11 +219,11 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
         positions = range(num_images, num_images + size)
         batch["visible"], batch["masked"] = draw_masks(masks, params.seed, positions)
         batch = {key: value.to(hardware.device) for key, value in batch.items()}
-        output, codes = objective.forward(batch)
+        output, codes = objective.predict(batch)
         values: dict[str, Any] = {
             "decoding_loss": objective.target.loss(output.prediction, codes),
             "alignment_loss": alignment_loss(output.z_m, output.z_m_target),
-            "latent_variance": latent_variance(output),
+            "latent_variance": latent_variance(output.z_m_target),
             **objective.target.scores(output.prediction, codes),
         }
         for key, value in values.items():
@@ -202,6 +232,6 @@ def evaluate(workspace: Workspace, objective: Objective, masks: MaskSampler, har
     return {key: value / num_images for key, value in totals.items()}
 
 
-def latent_variance(output: CaeOutput) -> Tensor:
+def latent_variance(z_m_target: Tensor) -> Tensor:
     """Variance of the target representations over the patches of an image; near 0 the alignment has collapsed."""
-    return output.z_m_target.float().var(dim=1).mean()
+    return z_m_target.float().var(dim=1).mean()

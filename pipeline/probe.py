@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from cae.config import HeadConfig, ProbeConfig
+from cae.data.order import WHOLE
 from cae.data.shards import Split
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import UserError
@@ -201,7 +202,12 @@ def _batches(workspace: Workspace, frozen: FrozenEncoder, config: HeadConfig, to
     if not workspace.params.probe.cache_features:
         crop = CropTransform(CropFlip(frozen.trained.architecture.size_px, config))
         return train_batches(
-            workspace, crop, batch_size=config.batch_size, total_steps=total_steps, hardware=frozen.hardware
+            workspace,
+            crop,
+            batch_size=config.batch_size,
+            total_steps=total_steps,
+            share=WHOLE,
+            hardware=frozen.hardware,
         )
     features = split_features(workspace, frozen, "train")
     return cached_batches(features, config.batch_size, workspace.params.seed, total_steps)

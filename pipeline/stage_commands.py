@@ -1,6 +1,8 @@
 """`cae-pipe prepare` to `cae-pipe report`: the stages of the pipeline, which `dvc repro` runs."""
 
+from contextlib import nullcontext
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +36,12 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="Other trained weights, a file or its folder; outside the pipeline, with --out."),
 ]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Go on from the newest checkpoint of the stage, whatever parameters, data or code it is of."
+    ),
+]
 ResultsOption = Annotated[Path | None, typer.Option("--out", help="With --checkpoint: folder for what it gives.")]
 
 
@@ -46,27 +54,21 @@ def prepare() -> None:
 
 
 @stages.command(rich_help_panel=PANEL)
-def tokenizer() -> None:
+def tokenizer(force: ForceOption = False) -> None:
     """Stage 2: train the image tokenizer."""
-    from pipeline import tokenizer as stage
-
-    _run("tokenizer", stage.run)
+    _train("tokenizer", force)
 
 
 @stages.command(rich_help_panel=PANEL)
-def pretrain() -> None:
+def pretrain(force: ForceOption = False) -> None:
     """Stage 3: pretrain the Context Autoencoder; goes on where an interrupted run stopped."""
-    from pipeline import pretrain as stage
-
-    _run("pretrain", stage.run)
+    _train("pretrain", force)
 
 
 @stages.command(rich_help_panel=PANEL)
-def finetune(weights: WeightsOption = None, out: ResultsOption = None) -> None:
+def finetune(weights: WeightsOption = None, out: ResultsOption = None, force: ForceOption = False) -> None:
     """Stage 4: train the whole encoder with labels, from pretrained and from random weights."""
-    from pipeline import finetune as stage
-
-    _run("finetune", stage.run, weights, out)
+    _train("finetune", force, weights, out)
 
 
 @stages.command(rich_help_panel=PANEL)
@@ -154,13 +156,54 @@ def report() -> None:
 def _run(stage: str, run: "Callable[[Workspace], None]", weights: Path | None = None, out: Path | None = None) -> None:
     """A stage in the current folder, alone; with other weights outside the pipeline, and its figures printed."""
     from pipeline.runs import stage_lock
-    from pipeline.workspace import Workspace
 
-    if (weights is None) != (out is None):
-        raise UserError("--checkpoint and --out go together: other weights, and a folder for what they give")
-    workspace = Workspace.here().measuring(weights, out) if weights and out else Workspace.here()
+    workspace = _workspace(weights, out)
     with stage_lock(workspace, stage):
         run(workspace)
     if weights:
         figures = workspace.read_metrics(stage) or {}
         typer.echo("  ".join(f"{name} {value}" for name, value in figures.items()))
+
+
+def _train(stage: str, force: bool, weights: Path | None = None, out: Path | None = None) -> None:
+    """As `_run`, on as many processes as there are to be: this one starts them, or is one of them."""
+    from pipeline import launch
+
+    workspace = _workspace(weights, out)
+    machines = launch.Machines.here(workspace.params.runtime)
+    if not launch.is_rank() and not machines.is_one_process:
+        raise typer.Exit(launch.launch(launch.this_command(), machines, workspace.scratch / "ranks" / stage))
+    module = import_module(f"pipeline.{stage}")
+
+    def run(here: "Workspace") -> None:
+        module.run(here.forced() if force else here)
+
+    if launch.is_rank():
+        _run_rank(stage, run, workspace)
+    else:
+        _run(stage, run, weights, out)
+
+
+def _run_rank(stage: str, run: "Callable[[Workspace], None]", workspace: "Workspace") -> None:
+    """One process of a stage that several share; rank 0 holds the lock and writes what the stage gives."""
+    from cae.train.device import choose_device
+    from cae.train.parallel import Ranks, joined
+    from pipeline.launch import follow_launcher
+    from pipeline.runs import stage_lock
+
+    follow_launcher()
+    leads = Ranks.from_environment().leads
+    with (
+        stage_lock(workspace, stage) if leads else nullcontext(),
+        joined(choose_device(workspace.params.runtime.device)),
+    ):
+        run(workspace)
+
+
+def _workspace(weights: Path | None, out: Path | None) -> "Workspace":
+    from pipeline.workspace import Workspace
+
+    if (weights is None) != (out is None):
+        raise UserError("--checkpoint and --out go together: other weights, and a folder for what they give")
+    here = Workspace.here()
+    return here.measuring(weights, out) if weights and out else here

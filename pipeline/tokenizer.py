@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae.config import Params, TokenizerConfig
-from cae.data.loader import Batch, steps_per_epoch
+from cae.data.loader import Batch
+from cae.data.order import steps_in, total_steps
 from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, CropTransform
 from cae.errors import Diverged
@@ -29,6 +30,7 @@ from pipeline import dalle
 from pipeline.batches import (
     evaluation_batches,
     first_images,
+    own_share,
     second_view_px,
     train_batches,
     training_keys,
@@ -93,17 +95,18 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
     dvae = build(params, Normalization(index.mean, index.std)).to(hardware.device)
-    per_epoch = steps_per_epoch(index.count["train"], config.batch_size)
-    total_steps = config.epochs * per_epoch
+    num_train = index.count["train"]
+    per_epoch = steps_in(1, num_train, config.batch_size)
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
     optimizer = adamw(dvae, config)
     usage_images = first_images(workspace, "train", workspace.preprocessing(), USAGE_IMAGES).to(hardware.device)
 
     def restart(step: int) -> None:
-        if step and step % per_epoch == 0 and step < RESTART_UNTIL * total_steps:
+        if step and step % per_epoch == 0 and step < RESTART_UNTIL * num_steps:
             restart_dead_codes(dvae, usage_images, torch.Generator().manual_seed(params.seed + step))
 
     def step(batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = dvae.training_loss(unit_range(batch["images"]), temperature(config, step, total_steps))
+        loss = dvae.training_loss(unit_range(batch["images"]), temperature(config, step, num_steps))
         parts = {
             "reconstruction_loss": loss.reconstruction,
             "unused_nats": loss.unused,
@@ -118,13 +121,14 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
             module=dvae,
             step=step,
             optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config, per_epoch),
-            total_steps=total_steps,
+            schedule=cosine_schedule(optimizer, config, num_train),
+            total_steps=num_steps,
             batches=train_batches(
                 workspace,
                 CropTransform(CropFlip(params.model.size_px, config)),
                 batch_size=config.batch_size,
-                total_steps=total_steps,
+                total_steps=num_steps,
+                share=own_share(params),
                 hardware=hardware,
             ),
             hardware=hardware,
@@ -134,7 +138,7 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
             sink=sink,
             keys_of=training_keys(workspace),
             before_step=restart,
-            alarms=(collapse_alarm(config, round(RESTART_UNTIL * total_steps)),),
+            alarms=(collapse_alarm(config, round(RESTART_UNTIL * num_steps)),),
         ).run(folder)
     quality = evaluate(workspace, dvae.eval(), hardware)
     if float(quality["perplexity"]) < config.min_perplexity:

@@ -2,49 +2,20 @@
 so the number of workers and an interruption change nothing."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from cae.data.order import EpochBatches, SampleId
 from cae.data.shards import ImageShards
 from cae.data.transforms import EvalTransform
-from cae.errors import UserError
 
 Batch = dict[str, Tensor]
 Transform = Callable[[Any, np.random.Generator], dict[str, Any]]
-
-
-class SampleId(NamedTuple):
-    """A sample as drawn: which image, in which epoch."""
-
-    epoch: int
-    position: int
-
-
-class EpochBatches(Sampler[list[SampleId]]):
-    """Batches of every epoch's permutation from `start_step` to `total_steps`; incomplete last batches are left out."""
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int, start_step: int, total_steps: int) -> None:
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.start_step, self.total_steps = start_step, total_steps
-        self.steps_per_epoch = steps_per_epoch(num_samples, batch_size)
-
-    def __len__(self) -> int:
-        return self.total_steps - self.start_step
-
-    def __iter__(self) -> Iterator[list[SampleId]]:
-        order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for step in range(self.start_step, self.total_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-                order_epoch = epoch
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [SampleId(epoch, int(position)) for position in chosen]
 
 
 class TrainDataset(Dataset[dict[str, Any]]):
@@ -59,7 +30,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, sample: SampleId) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, sample.epoch, sample.position])
         item = self.transform(self.shards.image(sample.position), rng)
-        return {**item, "labels": self.shards.label(sample.position)}
+        return {**item, "labels": self.shards.label(sample.position), "positions": sample.position}
 
 
 class EvalDataset(Dataset[dict[str, Any]]):
@@ -82,19 +53,10 @@ class EvalDataset(Dataset[dict[str, Any]]):
         return {**views, "labels": self.shards.label(position)}
 
 
-def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Full batches in an epoch; raises UserError when there is not even one."""
-    if num_samples < batch_size:
-        raise UserError(
-            f"batch_size: {batch_size} is more than the {num_samples} training images; choose at most {num_samples}"
-        )
-    return num_samples // batch_size
-
-
 def train_loader(
     dataset: TrainDataset, batches: EpochBatches, num_workers: int, device: torch.device
 ) -> Iterable[Batch]:
-    """Batches on the CPU, pinned where the device is a GPU; images uint8 [b, c, h, w]."""
+    """Micro-batches on the CPU, pinned where the device is a GPU: uint8 [b, c, h, w], labels and positions [b]."""
     return _loader(dataset, num_workers, device, batch_sampler=batches)
 
 

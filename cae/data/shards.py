@@ -6,6 +6,7 @@ pyarrow, polars and `datasets` read them too.
 
 import hashlib
 import io
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ Picture = Image.Image | tuple[Image.Image, ...]
 """A stored image: mode L for one channel, RGB for three, for another number one picture of mode L a channel."""
 SCHEMA = pa.schema([("key", pa.string()), ("label", pa.int32()), ("image", pa.binary())])
 INDEX_NAME = "index.json"
+MAX_OPEN = 512  # shards mapped at a time in a process: a map holds a file handle and addresses
 
 
 class Row(NamedTuple):
@@ -117,21 +119,29 @@ class ShardWriter:
 
 
 class ImageShards:
-    """The images of one split, by position. Files are mapped on first use in each process, never loaded whole."""
+    """The images of one split, by position.
+
+    Files are mapped on first use in each process, never loaded whole; those longest unused are closed.
+    """
 
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
         self.index = Index.read(folder)
         self.infos = [shard for shard in self.index.shards if shard.split == split]
         self._ends = np.cumsum([shard.count for shard in self.infos])
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each shard."""
+        return [shard.count for shard in self.infos]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
         # Arrow would copy the mapped bytes into the pickle that goes to a loader worker.
-        return {**self.__dict__, "_batches": {}}
+        return {**self.__dict__, "_batches": OrderedDict()}
 
     def image(self, position: int) -> Picture:
         """The decoded image."""
@@ -165,6 +175,9 @@ class ImageShards:
                 raise UserError(
                     f"{path}: cannot be read as a shard ({error}); run `dvc repro --force prepare` to make it again"
                 ) from None
+            if len(self._batches) > MAX_OPEN:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(shard)
         return self._batches[shard]
 
 

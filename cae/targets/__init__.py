@@ -1,13 +1,20 @@
 """What the decoder predicts for a masked patch: tokens of a discrete VAE, or pixels."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Codes = Tensor
 """Targets of patches: int64 [b, n] for tokens, float32 [b, n, p·p·c] for pixels."""
+
+
+class TrainingLoss(NamedTuple):
+    """A decoding loss, and what was learned on the way of how good the prediction is, without gradient."""
+
+    loss: Float[Tensor, ""]
+    scores: dict[str, Float[Tensor, ""]]
 
 
 class Target(Protocol):
@@ -32,6 +39,10 @@ class Target(Protocol):
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         """Decoding loss of the decoder's output against the targets of the same patches."""
+        ...
+
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> TrainingLoss:
+        """`loss(head(decoded), codes)`, for training: without the whole prediction where that is large."""
         ...
 
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:

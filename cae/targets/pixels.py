@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cae.section import Section
-from cae.targets import Codes, channel_buffer, patchify, unpatchify
+from cae.targets import Codes, TrainingLoss, channel_buffer, patchify, unpatchify
 
 VARIANCE_FLOOR = 1e-6
 
@@ -50,6 +50,9 @@ class PixelTarget(nn.Module):
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         return F.mse_loss(prediction.float(), self._normalize(codes))
+
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> TrainingLoss:
+        return TrainingLoss(self.loss(head(decoded), codes), {})
 
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
         error = F.mse_loss(self.codes_from(prediction), codes)

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cae.targets import Codes
+from cae.lean import linear_cross_entropy
+from cae.targets import Codes, TrainingLoss
 
 
 class TokenTarget(nn.Module):
@@ -22,6 +23,10 @@ class TokenTarget(nn.Module):
 
     def loss(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> Float[Tensor, ""]:
         return F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten())
+
+    def head_loss(self, decoded: Float[Tensor, "b m d"], head: nn.Linear, codes: Codes) -> TrainingLoss:
+        loss, accuracy = linear_cross_entropy(decoded, head.weight, head.bias, codes)
+        return TrainingLoss(loss, {"token_accuracy": accuracy})
 
     def scores(self, prediction: Float[Tensor, "b m k"], codes: Codes) -> dict[str, Float[Tensor, ""]]:
         return {"token_accuracy": (prediction.argmax(-1) == codes).float().mean()}

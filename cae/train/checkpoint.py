@@ -67,9 +67,10 @@ class CheckpointStore:
                 path.unlink()
 
     def _explain(self, path: Path, payload: dict[str, Any], error: Exception) -> str:
-        needed = sum(leaf.nbytes for leaf in tree_leaves(payload) if isinstance(leaf, Tensor))
         free = shutil.disk_usage(self.folder).free
         before = self.paths()
+        values = sum(leaf.nbytes for leaf in tree_leaves(payload) if isinstance(leaf, Tensor))
+        needed = max(values, before[-1].stat().st_size if before else 0)
         safe = f"{before[-1].name} is untouched" if before else "there was none before"
         return (
             f"{path}: the checkpoint could not be written ({error}); it needs {needed / 1e6:.1f} MB and "

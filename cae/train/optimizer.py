@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from cae.config import OptimizationConfig
+from cae.data.order import steps_in, total_steps
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -28,10 +29,10 @@ def adamw(module: nn.Module, config: OptimizationConfig, layer_decay: float | No
     return AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
 
 
-def cosine_schedule(optimizer: Optimizer, config: OptimizationConfig, steps_per_epoch: int) -> CosineLRScheduler:
+def cosine_schedule(optimizer: Optimizer, config: OptimizationConfig, num_samples: int) -> CosineLRScheduler:
     """Linear warm-up, then cosine to `min_lr` at the last step; advanced by step, not by epoch."""
-    total = config.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    total = total_steps(num_samples, config.batch_size, config.epochs)
+    warmup = min(steps_in(config.warmup_epochs, num_samples, config.batch_size), total - 1)
     return CosineLRScheduler(
         optimizer,
         t_initial=total - warmup,

@@ -1,4 +1,4 @@
-"""A small CAE trained in float64 for 50 steps, by as many processes as started it; `python -m` with torchrun's variables.
+"""A small CAE trained in float64 for 50 steps; each process of the training runs it, with torchrun's variables.
 
 Arguments: folder, ddp or fsdp, micro-batches a step, and the step after which rank 1 kills itself (-1: never).
 """

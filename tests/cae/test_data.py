@@ -17,14 +17,12 @@ from PIL import Image
 
 from cae.config import CropConfig, FinetuneConfig
 from cae.data.loader import (
-    EpochBatches,
     EvalDataset,
-    SampleId,
     TrainDataset,
     eval_loader,
-    steps_per_epoch,
     train_loader,
 )
+from cae.data.order import EpochBatches, SampleId, SampleOrder
 from cae.data.shards import UNLABELLED, ImageShards, Index, Row, ShardInfo, ShardWriter, Split
 from cae.data.transforms import (
     CropFlip,
@@ -98,6 +96,18 @@ def test_shards_give_back_every_row_in_any_order(prepared: Path) -> None:
     assert labels.tolist() == [shards.label(i) for i in range(NUM_IMAGES)]
 
 
+def test_only_so_many_shards_are_open_at_a_time(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_maps() -> int:
+        return sum(str(prepared) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    monkeypatch.setattr("cae.data.shards.MAX_OPEN", 2)
+    before = num_maps()
+    shards = ImageShards(prepared, "train")
+    for position in [*range(NUM_IMAGES), *reversed(range(NUM_IMAGES))]:
+        assert shards.key(position) == f"image/{position:02d}"
+        assert num_maps() - before <= 2
+
+
 def test_splits_are_kept_apart(prepared: Path) -> None:
     val = ImageShards(prepared, "val")
     assert [val.key(i) for i in range(len(val))] == [f"image/{n}" for n in range(100, 104)]
@@ -162,50 +172,6 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
         shards.image(shards.infos[0].count)
 
 
-def positions(batches: EpochBatches) -> list[list[SampleId]]:
-    return list(batches)
-
-
-def test_an_epoch_has_each_sample_once_and_every_epoch_another_order() -> None:
-    batches = positions(EpochBatches(12, 4, seed=0, start_step=0, total_steps=9))
-    epochs = [[sample for batch in batches[i : i + 3] for sample in batch] for i in (0, 3, 6)]
-    for number, epoch in enumerate(epochs):
-        assert {sample.epoch for sample in epoch} == {number}
-        assert sorted(sample.position for sample in epoch) == list(range(12))
-    orders = [[sample.position for sample in epoch] for epoch in epochs]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert orders[0] != list(range(12))
-
-
-def test_an_incomplete_last_batch_is_left_out() -> None:
-    batches = positions(EpochBatches(11, 4, seed=0, start_step=0, total_steps=4))
-    assert [len(batch) for batch in batches] == [4] * 4
-    assert [batch[0].epoch for batch in batches] == [0, 0, 1, 1]
-    for epoch in (0, 1):
-        drawn = [sample.position for batch in batches for sample in batch if sample.epoch == epoch]
-        assert len(set(drawn)) == 8
-
-
-@given(st.integers(0, 12))
-def test_batches_from_a_later_step_are_the_tail_of_all_batches(start: int) -> None:
-    whole = positions(EpochBatches(10, 3, seed=5, start_step=0, total_steps=12))
-    tail = EpochBatches(10, 3, seed=5, start_step=start, total_steps=12)
-    assert len(tail) == 12 - start
-    assert positions(tail) == whole[start:]
-
-
-def test_the_order_depends_on_the_seed() -> None:
-    first, second = (positions(EpochBatches(12, 4, seed, 0, 3)) for seed in (0, 1))
-    assert first != second
-
-
-def test_too_large_a_batch_is_refused_by_key() -> None:
-    assert steps_per_epoch(11, 4) == 2
-    assert steps_per_epoch(4, 4) == 1
-    with pytest.raises(UserError, match="batch_size: 12 is more than the 11 training images; choose at most 11"):
-        steps_per_epoch(11, 12)
-
-
 CROP = CropConfig(crop_scale=(0.3, 1.0), flip=0.5)
 PRETRAIN = PretrainTransform(CropFlip((8, 8), CROP), MaskSampler((4, 4), 8, "block", 0.1))
 
@@ -230,7 +196,9 @@ def test_the_target_s_view_is_the_same_crop_and_flip_of_the_original(flip: float
 
 def all_batches(prepared: Path, seed: int = 0, num_workers: int = 0) -> list[dict[str, torch.Tensor]]:
     dataset = TrainDataset(ImageShards(prepared, "train"), PRETRAIN, seed)
-    return list(train_loader(dataset, EpochBatches(NUM_IMAGES, 8, seed, 0, 4), num_workers, CPU))
+    return list(
+        train_loader(dataset, EpochBatches(SampleOrder(dataset.shards.counts, seed), 8, 0, 4), num_workers, CPU)
+    )
 
 
 def same(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Tensor]]) -> bool:
@@ -246,7 +214,11 @@ def test_the_number_of_workers_changes_nothing(prepared: Path) -> None:
     batch = alone[0]
     assert (batch["images"].shape, batch["images"].dtype) == ((8, 3, 8, 8), torch.uint8)
     assert (batch["visible"].shape, batch["masked"].shape) == ((8, 8), (8, 8))
-    assert batch["visible"].dtype == batch["masked"].dtype == batch["labels"].dtype == torch.int64
+    for name in ("visible", "masked", "labels", "positions"):
+        assert batch[name].dtype == torch.int64, name
+    shards = ImageShards(prepared, "train")
+    for position, label in zip(batch["positions"].tolist(), batch["labels"].tolist(), strict=True):
+        assert shards.label(position) == label
 
 
 def test_the_loader_leaves_the_global_generator_alone(prepared: Path) -> None:

@@ -196,7 +196,7 @@ def test_the_trained_encoder_is_a_copy_of_the_models(loaded: Trained) -> None:
     encoder = trained_encoder(loaded, drop_path=0.2)
     images = torch.randn(2, 3, 8, 10)
     assert torch.equal(encoder.eval()(images), loaded.encoder(images))
-    assert encoder.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    assert encoder.blocks[-1].drop_path.rate == pytest.approx(0.2)
     with torch.no_grad():
         encoder.cls_token += 1
     assert not torch.equal(encoder.cls_token, loaded.encoder.cls_token)

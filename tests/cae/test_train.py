@@ -91,7 +91,7 @@ class Run:
             module=self.module,
             step=step or self.step,
             optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, optimization(), STEPS_PER_EPOCH),
+            schedule=cosine_schedule(optimizer, optimization(), STEPS_PER_EPOCH * optimization().batch_size),
             total_steps=TOTAL_STEPS,
             batches=batches,
             hardware=CPU,
@@ -267,7 +267,9 @@ def test_steps_that_are_no_number_are_left_out_and_their_images_written_down(tmp
     training = run.training()
     if not fused:
         training.optimizer = torch.optim.SGD(run.module.parameters(), lr=0.01)
-        training.schedule = cosine_schedule(training.optimizer, optimization(), STEPS_PER_EPOCH)
+        training.schedule = cosine_schedule(
+            training.optimizer, optimization(), STEPS_PER_EPOCH * optimization().batch_size
+        )
     weights: list[Tensor] = []
     training.before_step = lambda _step: weights.append(run.module[0].weight.detach().clone())
     training.run(RunFolder(tmp_path, 100, {}))
@@ -489,7 +491,7 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 def rates(config: OptimizationConfig, steps_per_epoch: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    schedule = cosine_schedule(optimizer, config, steps_per_epoch)
+    schedule = cosine_schedule(optimizer, config, steps_per_epoch * config.batch_size)
     values = []
     for step in range(int(config.epochs) * steps_per_epoch + 1):
         schedule.step_update(step)
@@ -557,7 +559,7 @@ def test_the_schedule_multiplies_the_scale_of_a_layer_in(make_architecture: Make
     classifier = Classifier(Encoder(make_architecture(depth=3, final_norm="pooled")), 16, 10)
     config = optimization(epochs=3, warmup_epochs=1, lr=1.0, min_lr=0.1)
     optimizer = adamw(classifier, config, layer_decay=0.5)
-    schedule = cosine_schedule(optimizer, config, 4)
+    schedule = cosine_schedule(optimizer, config, 4 * config.batch_size)
     for step, rate in ((2, 0.5), (4, 1.0)):
         schedule.step_update(step)
         for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ def wait_for_step(clone: Clone, step: int, process: subprocess.Popen[str]) -> No
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         saved = clone.root.glob("scratch/pretrain-*/checkpoints/step-*.pt")
-        if any(int(path.stem.removeprefix("step-")) >= step for path in saved):
+        if any(int(path.stem.split("-")[1]) >= step for path in saved):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)

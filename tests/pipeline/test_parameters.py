@@ -1,6 +1,7 @@
 """Every parameter changes something: an option that is read and then lost would show here."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules.module import register_module_forward_hook
 
 from cae.config import parse_params
 from cae.data.transforms import CropFlip, CropTransform
@@ -36,6 +39,9 @@ INT8 = {"export.int8": True}
 CHANGES: dict[str, Change] = {
     "seed": Change(1, "prepare"),
     "runtime.precision": Change("bf16", "pretrain"),
+    "runtime.accumulate_steps": Change(2, "pretrain"),
+    "runtime.keep_checkpoints": Change(1, "pretrain"),
+    "runtime.keep_every_steps": Change(1, "pretrain"),
     "prepare.channels": Change(3, "prepare"),
     "prepare.val_fraction": Change(0.5, "prepare"),
     "prepare.short_side_px": Change(14, "prepare"),
@@ -142,6 +148,16 @@ CHANGES: dict[str, Change] = {
 ELSEWHERE = {
     "runtime.device",
     "runtime.num_workers",
+    "runtime.activation_checkpointing",
+    "runtime.max_skipped_steps",
+    "runtime.tensorboard",
+    # tests/cae/test_compile.py
+    "runtime.compile",
+    # tests/e2e/test_processes.py, tests/cae/test_parallel.py
+    "runtime.num_processes",
+    "runtime.parallel",
+    # tests/cae/test_remote_shards.py
+    "prepare.shards_at",
     "prepare.source",
     "pretrain.start_from",
     "model.name",
@@ -183,7 +199,8 @@ def outcome(folder: Path, finished: Workspace, raw: dict[str, Any], stage: str, 
         if relative.parts[0] == "scratch":
             # The folder's name has the parameters in it; which steps were saved is what counts.
             if path.suffix == ".pt":
-                made[path.name] = "saved"
+                # Without its checksum, which the recorded parameters change.
+                made[path.name[: len("step-000000000")]] = "saved"
         elif relative.parts[0] in ("data", "models", "metrics") and "efficiency" not in relative.parts:
             made[str(relative)] = _content(path)
     return made
@@ -246,6 +263,50 @@ def test_device_cuda_is_refused_where_there_is_none(
     raw = with_values(tiny_params, {"runtime.device": "cuda"})
     result = outcome(tmp_path, finished, raw, "pretrain", make_workspace)
     assert "runtime.device" in result["error"]
+
+
+def test_activation_checkpointing_computes_again_what_it_does_not_keep(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    calls = {}
+    for checkpointed in (False, True):
+        raw = with_values(tiny_params, {"runtime.activation_checkpointing": checkpointed})
+        workspace = on_finished(tmp_path / str(checkpointed), finished, raw, make_workspace)
+        counts: list[str] = []
+        hook = register_module_forward_hook(lambda module, *_, seen=counts: seen.append(type(module).__name__))
+        try:
+            STAGES["pretrain"](workspace)
+        finally:
+            hook.remove()
+        calls[checkpointed] = counts.count("Mlp")
+    assert calls[True] > 1.4 * calls[False]
+    weights = [tmp_path / str(checkpointed) / "models/pretrain/cae.safetensors" for checkpointed in (False, True)]
+    assert _content(weights[0]) == _content(weights[1])
+
+
+def test_max_skipped_steps_ends_a_training_that_diverges(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    raw = with_values(tiny_params, {"pretrain.lr": 1e30, "pretrain.warmup_epochs": 0.0, "runtime.max_skipped_steps": 1})
+    result = outcome(tmp_path, finished, raw, "pretrain", make_workspace)
+    assert "2 steps in a row, more than runtime.max_skipped_steps 1" in result["error"]
+    written = [json.loads(line) for line in next(tmp_path.rglob("skipped-0.jsonl")).read_text().splitlines()]
+    assert len(written) == 2
+    assert all(key.endswith(".png") for row in written for key in row["keys"])
+
+
+def test_tensorboard_gets_the_curves(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    raw = with_values(tiny_params, {"runtime.tensorboard": True})
+    workspace = on_finished(tmp_path, finished, raw, make_workspace)
+    STAGES["pretrain"](workspace)
+    folder = next(tmp_path.glob("scratch/pretrain-*/tensorboard"))
+    events = EventAccumulator(str(folder)).Reload()
+    rows = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text().splitlines()]
+    assert [(event.step, event.value) for event in events.Scalars("alignment_loss")] == [
+        (row["step"], pytest.approx(row["alignment_loss"])) for row in rows
+    ]
 
 
 def test_num_workers_sets_the_processes_of_the_loader(

@@ -1,5 +1,6 @@
 """Profiles: the paper's numbers down to the built model, and how overlays and `--set` change a file."""
 
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def test_a_profile_of_the_paper_builds_its_model_tokenizer_and_optimizers(size: 
     assert model.decoder.blocks[0].get_submodule("attn").num_heads == heads
     assert model.decoder.head.out_features == dvae.num_outputs == dvae.codebook.shape[0] == 8192
     assert (architecture.layer_scale, architecture.predictor_layer_scale) == (paper.layer_scale, predictor_scale)
-    assert [block.drop_path.drop_prob for block in (model.encoder.blocks[0], model.encoder.blocks[-1])] == [
+    assert [block.drop_path.rate for block in (model.encoder.blocks[0], model.encoder.blocks[-1])] == [
         0,
         pytest.approx(0.1),
     ]
@@ -109,10 +110,10 @@ def test_a_profile_of_the_paper_builds_its_model_tokenizer_and_optimizers(size: 
     assert min(scales) == pytest.approx(paper.finetune[2] ** (paper.depth + 1))
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
 
-    per_epoch = IMAGENET_TRAIN // params.pretrain.batch_size
-    schedule = cosine_schedule(adamw(model, params.pretrain), params.pretrain, per_epoch)
-    assert schedule.warmup_t == WARMUP_EPOCHS[epochs] * per_epoch
-    assert schedule.warmup_t + schedule.t_initial == epochs * per_epoch
+    per_epoch = IMAGENET_TRAIN / params.pretrain.batch_size
+    schedule = cosine_schedule(adamw(model, params.pretrain), params.pretrain, IMAGENET_TRAIN)
+    assert schedule.warmup_t == round(WARMUP_EPOCHS[epochs] * per_epoch)
+    assert schedule.warmup_t + schedule.t_initial == math.ceil(epochs * per_epoch)
 
 
 def build_tokenizer(params: profiles.Params, channels: int) -> Dvae:

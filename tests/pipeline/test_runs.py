@@ -1,5 +1,6 @@
 """A scratch folder belongs to one process, one set of parameters, one data set, one state of the code."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from cae.errors import UserError
-from pipeline import runs
+from cae.train.checkpoint import CheckpointStore
+from pipeline import pretrain, runs
 from pipeline.workspace import Workspace
 from tests.pipeline.conftest import MakeWorkspace
 from tests.pipeline.test_parameters import on_finished
-from tests.tiny import with_values
+from tests.tiny import with_values, write_params
 
 HOLDER = """
     import sys, time
@@ -86,3 +88,72 @@ def test_the_fingerprint_covers_parameters_data_and_code(
             (package / path.name).symlink_to(path)
     (package / "masking.py").write_text((original / "masking.py").read_text() + "# changed\n")
     assert fingerprint(code) != fingerprint(same)
+
+
+def with_an_unfinished_run(workspace: Workspace) -> Path:
+    """The checkpoints of a pretraining that was stopped before its last step, in `workspace`."""
+    pretrain.run(Workspace(workspace.root, workspace.params_file))
+    checkpoints = next(workspace.scratch.glob("pretrain-*/checkpoints"))
+    CheckpointStore(checkpoints, 1, None).paths()[-1].unlink()
+    return checkpoints
+
+
+def test_another_parameter_starts_anew_says_so_and_leaves_the_other_run_alone(
+    tmp_path: Path,
+    finished: Workspace,
+    tiny_params: dict[str, Any],
+    make_workspace: MakeWorkspace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    checkpoints = with_an_unfinished_run(workspace)
+    kept = sorted(checkpoints.iterdir())
+    write_params(workspace.root, with_values(tiny_params, {"pretrain.lr": 0.5}))
+    caplog.clear()
+    pretrain.run(Workspace(workspace.root, workspace.params_file))
+    told = next(record.getMessage() for record in caplog.records if "starts anew" in record.getMessage())
+    assert f"{kept[-1]} (step " in told
+    assert "made with other parameters: pretrain.lr (0.002, now 0.5)" in told
+    assert "`cae-pipe pretrain --force` goes on from it" in told
+    assert "going on from step" not in caplog.text
+    assert sorted(checkpoints.iterdir()) == kept
+
+
+def test_force_goes_on_from_a_run_with_other_parameters(
+    tmp_path: Path,
+    finished: Workspace,
+    tiny_params: dict[str, Any],
+    make_workspace: MakeWorkspace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    checkpoints = with_an_unfinished_run(workspace)
+    kept = sorted(checkpoints.iterdir())
+    write_params(workspace.root, with_values(tiny_params, {"pretrain.lr": 0.001}))
+    caplog.set_level("INFO")
+    pretrain.run(Workspace(workspace.root, workspace.params_file).forced())
+    assert "--force goes on from it" in caplog.text
+    assert "going on from step" in caplog.text
+    assert sorted(checkpoints.iterdir()) == kept
+
+
+def test_force_with_nothing_to_go_on_from_is_refused(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    with pytest.raises(UserError, match=r"--force: .* has no checkpoint of pretrain"):
+        pretrain.run(workspace.forced())
+
+
+def test_a_checkpoint_that_another_run_left_in_the_folder_is_refused(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    workspace = on_finished(tmp_path, finished, tiny_params, make_workspace)
+    checkpoints = with_an_unfinished_run(workspace)
+    other = with_values(tiny_params, {"pretrain.lr": 0.001})
+    write_params(workspace.root, other)
+    changed = Workspace(workspace.root, workspace.params_file)
+    folder = runs.run_folder(changed, "pretrain", 2)
+    shutil.copytree(checkpoints, folder.path / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"made with other parameters: pretrain\.lr \(0\.002, now 0\.001\).*--force"):
+        pretrain.run(changed)

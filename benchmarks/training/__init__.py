@@ -1,0 +1,1 @@
+"""`cae-pipe bench`: our training step beside a plainly written CAE step and two of Hugging Face transformers."""

@@ -1,0 +1,111 @@
+"""The real loader over JPEG shards: alone, and feeding our step."""
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from benchmarks.training.contest import synchronize
+from benchmarks.training.ours import OurStep
+from benchmarks.training.setting import MASKED_SHARE, VOCAB_SIZE, Setting
+from cae.config import CropConfig
+from cae.data.loader import Batch, TrainDataset, train_loader
+from cae.data.order import EpochBatches, SampleOrder
+from cae.data.shards import UNLABELLED, ImageShards, Index, Row, ShardWriter
+from cae.data.transforms import CropFlip, PretrainTransform
+from cae.masking import MaskSampler
+
+NUM_IMAGES = 128
+SIZE_PX = (500, 375)  # width and height, ImageNet's usual ones
+JPEG_QUALITY = 90
+SHARD_MB = 16.0
+WARMUP_BATCHES, TIMED_BATCHES = 2, 8
+PAPER_CROP = CropConfig(crop_scale=(0.08, 1.0), flip=0.5)
+
+
+def measure(setting: Setting) -> dict[str, float]:
+    """Images a second of the loader alone and of our step fed by it, and the share of time that this step waits."""
+    with _loader(setting) as batches:
+        alone, _ = _run(setting, batches, lambda batch: None)
+    tokens = torch.randint(0, VOCAB_SIZE, (setting.batch_size, setting.num_patches), device=setting.device)
+    step = OurStep(setting, tokens)
+    with _loader(setting) as batches:
+        fed, wait = _run(setting, batches, step)
+    return {
+        "workers": num_workers(setting.device),
+        "loader_alone_images_per_s": alone,
+        "step_with_loader_images_per_s": fed,
+        "data_wait_fraction": wait,
+    }
+
+
+def num_workers(device: torch.device) -> int:
+    """Processes that decode: about one a core beside a GPU; on a CPU one, for the step wants the cores too."""
+    return max(1, len(os.sched_getaffinity(0)) - 1) if device.type == "cuda" else 1
+
+
+def _run(setting: Setting, batches: Iterator[Batch], use: Callable[[Batch], None]) -> tuple[float, float]:
+    """Images a second and the share of the time spent waiting for the next batch, after a warm-up."""
+    for _ in range(WARMUP_BATCHES):
+        use(next(batches))
+    synchronize(setting.device)
+    start, waited = time.perf_counter(), 0.0
+    for _ in range(TIMED_BATCHES):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        use(batch)
+    synchronize(setting.device)
+    elapsed = time.perf_counter() - start
+    return TIMED_BATCHES * setting.batch_size / elapsed, waited / elapsed
+
+
+@contextmanager
+def _loader(setting: Setting) -> Iterator[Iterator[Batch]]:
+    """Batches of `pretrain` from shards in a temporary folder."""
+    side = setting.image_size
+    masks = MaskSampler(setting.grid, setting.num_masked(MASKED_SHARE), "block", 0.08)
+    transform = PretrainTransform(CropFlip((side, side), PAPER_CROP), masks)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), max(NUM_IMAGES, setting.batch_size))
+        shards = ImageShards(Path(folder), "train")
+        steps = WARMUP_BATCHES + TIMED_BATCHES
+        # Batches prefetched in the warm-up must not be the last ones, or the workers would idle while they are timed.
+        order = EpochBatches(SampleOrder(shards.counts, 0), setting.batch_size, 0, 2 * steps)
+        dataset = TrainDataset(shards, transform, 0)
+        yield iter(train_loader(dataset, order, num_workers(setting.device), setting.device))
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """Prepared data of that many JPEGs: crops of the two photographs that scikit-learn ships."""
+    photographs = [Image.fromarray(array) for array in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, "train", SHARD_MB)
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        scale = rng.uniform(0.5, 1)
+        width, height = (int(scale * side) for side in SIZE_PX)
+        left, top = (int(rng.integers(n)) for n in (photograph.width - width + 1, photograph.height - height + 1))
+        crop = photograph.resize(SIZE_PX, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        buffer = io.BytesIO()
+        crop.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        writer.add(Row(str(number), UNLABELLED, buffer.getvalue()))
+    shards = writer.close()
+    Index(
+        source="bench",
+        count={"train": count, "val": 0},
+        classes=[],
+        channels=3,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        shards=shards,
+        hash="",
+    ).write(folder)

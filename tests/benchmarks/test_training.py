@@ -1,0 +1,116 @@
+"""The training benchmark compares like with like, and tells what it measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.training import bench, contenders, loading
+from benchmarks.training.contenders import Batch
+from benchmarks.training.ours import OurStep
+from benchmarks.training.plain import PlainCae, PlainStep
+from benchmarks.training.setting import Setting
+from cae.errors import UserError
+from cae.official import from_official
+
+
+def tiny(monkeypatch: pytest.MonkeyPatch, precision: str = "fp32") -> Setting:
+    monkeypatch.setattr("benchmarks.training.setting.ENCODER_SIZES", {"vit_small": (2, 32, 4)})
+    return Setting.checked(
+        model="vit_small",
+        image_size=32,
+        patch_size=8,
+        batch_size=2,
+        device="cpu",
+        precision=precision,
+        compile=False,
+    )
+
+
+def test_the_plain_step_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tiny(monkeypatch)
+    batch = Batch.draw(setting)
+    torch.manual_seed(0)
+    plain = PlainCae(
+        (4, 4), 8, width=32, depth=2, num_heads=4, predictor_depth=4, vocab_size=8192, layer_scale=0.1, drop_path=0.0
+    )
+    state = {key: value.clone() for key, value in plain.state_dict().items()}
+    ours = OurStep(setting, batch.tokens)
+    imported = from_official(state, Path("plain.pth"), 4, 4).model
+    ours.model.load_state_dict(imported.state_dict())
+    ours.model.eval()
+    visible, masked = batch.masks(0.5)
+    fed = {"images": batch.images, "visible": visible, "masked": masked}
+    loss, _ = ours.objective(fed, 0)
+    expected = PlainStep(plain, 2.0, 3.0, 1e-3, 0.05).loss(batch.normalized, batch.bool_mask(0.5), batch.tokens)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_contender_is_measured_and_told(
+    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.training.contest.TURN_S", 0.0)
+    monkeypatch.setattr("benchmarks.training.contest.MATMUL_SIZE", {"cpu": 64})
+    out = tmp_path / "bench.json"
+    bench.run(tiny(monkeypatch, precision), 2, None, ["step"], out)
+    written = json.loads(out.read_text())
+    assert set(written["images_per_s"]) == {"cae", "plain", "beit", "mae"}
+    assert written["ratio"]["cae"] == 1
+    speeds = written["images_per_s"]
+    assert written["ratio"]["plain"] == pytest.approx(speeds["cae"] / speeds["plain"])
+    assert written["precision_of"] == {"cae": precision, "plain": "fp32", "beit": precision, "mae": precision}
+    assert {len(times) for times in written["step_s"].values()} == {2}
+    assert all(value > 0 for value in written["gflop_per_image"].values())
+    shown = capsys.readouterr().out
+    assert all(meaning in shown for meaning in contenders.MEANINGS.values())
+
+
+def test_without_transformers_the_peers_are_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    left_out = contenders.left_out(("cae", "plain", "beit", "mae"))
+    assert set(left_out) == {"beit", "mae"}
+    assert "transformers" in left_out["beit"]
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    from benchmarks.training.contest import peak_memory
+
+    setting = Setting.checked(
+        model="vit_small", image_size=32, patch_size=16, batch_size=1, device="cpu", precision="fp32", compile=False
+    )
+    parameters = sum(parameter.numel() for parameter in OurStep(setting, torch.zeros(1, 4)).model.parameters())
+    # Weights, gradients and two moments, four bytes each.
+    assert peak_memory("cae", setting, 1) > 16 * parameters
+
+
+def test_the_loader_reads_real_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "NUM_IMAGES", 4)
+    figures = loading.measure(tiny(monkeypatch))
+    assert figures["loader_alone_images_per_s"] > 0
+    assert 0 <= figures["data_wait_fraction"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"image_size": 100, "patch_size": 16}, "nearest is 96"),
+        ({"image_size": 16}, "at least 32"),
+        ({"device": "cuda"}, "cuda is not available"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(
+    changes: dict[str, object], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {"model": "vit_small", "image_size": 224, "patch_size": 16, "batch_size": 1, "device": "cpu"}
+    with pytest.raises(UserError, match=says):
+        Setting.checked(**{**given, "precision": "fp32", "compile": False, **changes})  # type: ignore[arg-type]
+
+
+def test_a_missing_folder_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--out"):
+        bench.run(tiny(monkeypatch), 1, None, ["step"], tmp_path / "none" / "x.json")
