@@ -14,6 +14,10 @@ class NotReady(UserError):  # noqa: N818 (a state of the workspace)
     """Something that another command makes first is not there. The message names that command."""
 
 
+class WorkerDied(UserError):  # noqa: N818 (a state of the run)
+    """A process that reads images died. The message names it and the image."""
+
+
 class Diverged(UserError):  # noqa: N818 (a state of the run)
     """A training came to nothing: the loss is no longer a number, or the codebook collapsed."""
 

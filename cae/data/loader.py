@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from cae.data.order import EpochBatches, SampleId
 from cae.data.shards import ImageShards
 from cae.data.transforms import EvalTransform
+from cae.data.watch import Reading, WatchedLoader
 
 Batch = dict[str, Tensor]
 Transform = Callable[[Any, np.random.Generator], dict[str, Any]]
@@ -23,14 +24,16 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, shards: ImageShards, transform: Transform, seed: int) -> None:
         self.shards, self.transform, self.seed = shards, transform, seed
+        self.reading = Reading(shards, 0)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, sample: SampleId) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, sample.epoch, sample.position])
-        item = self.transform(self.shards.image(sample.position), rng)
-        return {**item, "labels": self.shards.label(sample.position), "positions": sample.position}
+        with self.reading.image(sample.position):
+            item = self.transform(self.shards.image(sample.position), rng)
+            return {**item, "labels": self.shards.label(sample.position), "positions": sample.position}
 
 
 class EvalDataset(Dataset[dict[str, Any]]):
@@ -40,6 +43,7 @@ class EvalDataset(Dataset[dict[str, Any]]):
         self, shards: ImageShards, transform: EvalTransform, target_transform: EvalTransform | None = None
     ) -> None:
         self.shards = shards
+        self.reading = Reading(shards, 0)
         self.transforms = {"images": transform}
         if target_transform:
             self.transforms["target_images"] = target_transform
@@ -48,9 +52,10 @@ class EvalDataset(Dataset[dict[str, Any]]):
         return len(self.shards)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        image = self.shards.image(position)
-        views = {name: transform(image) for name, transform in self.transforms.items()}
-        return {**views, "labels": self.shards.label(position)}
+        with self.reading.image(position):
+            image = self.shards.image(position)
+            views = {name: transform(image) for name, transform in self.transforms.items()}
+            return {**views, "labels": self.shards.label(position)}
 
 
 def train_loader(
@@ -65,8 +70,11 @@ def eval_loader(dataset: EvalDataset, batch_size: int, num_workers: int, device:
     return _loader(dataset, num_workers, device, batch_size=batch_size)
 
 
-def _loader(dataset: Dataset[Any], num_workers: int, device: torch.device, **order: Any) -> Iterable[Batch]:
-    return DataLoader(
+def _loader(
+    dataset: TrainDataset | EvalDataset, num_workers: int, device: torch.device, **order: Any
+) -> Iterable[Batch]:
+    dataset.reading = Reading(dataset.shards, num_workers)
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -76,9 +84,10 @@ def _loader(dataset: Dataset[Any], num_workers: int, device: torch.device, **ord
         worker_init_fn=_leave_signals_to_the_trainer,
         **order,
     )
+    return WatchedLoader(loader, dataset.reading)
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
     # A signal to the process group must let the step under way finish, and that step needs its data.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

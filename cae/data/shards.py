@@ -152,6 +152,11 @@ class ImageShards:
         batch, row = self._locate(position)
         return batch.column("key")[row].as_py()
 
+    def place(self, position: int) -> str:
+        """An image by its key and its file, for messages."""
+        file = self.infos[int(np.searchsorted(self._ends, position, side="right"))].file
+        return f"image {self.key(position)} in {self.folder / file}"
+
     def label(self, position: int) -> int:
         batch, row = self._locate(position)
         return batch.column("label")[row].as_py()

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from cae.data.loader import Batch
+from cae.data.watch import named_deaths
 from cae.errors import Interrupted, UserError
 from cae.train.alarm import Alarm, Watch
 from cae.train.checkpoint import CheckpointStore, load_checkpoint
@@ -206,7 +207,7 @@ class _Run:
     def go(self, start: int) -> Row:
         training = self.training
         micro_batches = self.meter.timed(training.batches(start))
-        with caught_signals() as caught:
+        with caught_signals() as caught, named_deaths():
             for step in range(start, training.total_steps):
                 if training.before_step:
                     training.before_step(step)
