@@ -26,6 +26,7 @@ from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.parallel import Ranks
 from pipeline import dalle
 from pipeline.batches import (
     evaluation_batches,
@@ -52,6 +53,9 @@ USAGE_IMAGES, USAGE_BATCH = 1024, 64
 def run(workspace: Workspace) -> None:
     """Write `models/tokenizer`; raise Diverged when the codebook's perplexity stays below the stated floor."""
     index, model, config = workspace.index, workspace.params.model, workspace.params.tokenizer
+    leads = Ranks.from_environment().leads
+    if config.kind != "dvae" and not leads:
+        return  # only a training is shared
     origin: dict[str, str] = {}
     target: AnyTarget
     if config.kind == "dvae":
@@ -64,6 +68,8 @@ def run(workspace: Workspace) -> None:
         )
         target, efficiency = PixelTarget(architecture, index.mean, index.std), {}
         quality = {"skipped": "tokenizer.kind is pixels, so there is nothing to train"}
+    if not leads:
+        return
     workspace.curves("tokenizer").mkdir(parents=True, exist_ok=True)
     with published(workspace.target.parent) as folder:
         save_target(folder / workspace.target.name, target, origin)
@@ -140,6 +146,8 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
             before_step=restart,
             alarms=(collapse_alarm(config, round(RESTART_UNTIL * num_steps)),),
         ).run(folder)
+    if not Ranks.from_environment().leads:
+        return dvae, {}, efficiency
     quality = evaluate(workspace, dvae.eval(), hardware)
     if float(quality["perplexity"]) < config.min_perplexity:
         raise Diverged(

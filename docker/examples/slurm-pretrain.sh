@@ -18,7 +18,8 @@ set -euo pipefail
 
 # `runtime.num_processes: auto` in params.yaml is one process for each GPU of a machine.
 PET_NNODES=$SLURM_JOB_NUM_NODES
-PET_MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+names=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+PET_MASTER_ADDR=${names%%$'\n'*}
 # Jobs that share a machine do not share a port.
 PET_MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PET_NNODES PET_MASTER_ADDR PET_MASTER_PORT

@@ -45,7 +45,11 @@ for _ in $(seq 300); do sleep 0.1; done
 """
 
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then printf 'node7\\nnode8\\n'; else echo "scontrol $*" >> "$FOLDER/calls"; fi
+if [ "$1" = show ]; then
+    printf 'node7\\nnode8\\n'
+else
+    echo "scontrol $* with $(ls "$FOLDER" | grep -c saved) saved" >> "$FOLDER/calls"
+fi
 """
 
 DVC = """#!/usr/bin/env bash
@@ -93,7 +97,7 @@ def test_a_training_that_failed_is_not_queued_again(tmp_path: Path, code: int) -
 @pytest.mark.parametrize(
     ("number", "code", "calls"),
     [
-        (signal.SIGUSR1, 138, ["scontrol requeue 1234567"]),
+        (signal.SIGUSR1, 138, ["scontrol requeue 1234567 with 2 saved"]),
         # Preemption, after which SLURM itself puts the job back, or `scancel`, after which nobody wants it back.
         (signal.SIGTERM, 143, []),
     ],
