@@ -112,7 +112,9 @@ def named_deaths() -> Iterator[None]:
         raise
     except UserError as error:
         # What comes from a worker carries the worker's traceback in its text.
-        _, _, message = str(error).rpartition("cae.errors.UserError: ")
+        _, from_worker, message = str(error).rpartition("cae.errors.UserError: ")
+        if not from_worker:
+            raise
         raise UserError(message.strip()) from None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cae.data.order import WHOLE
 from cae.data.shards import ImageShards, file_sha256
 from cae.errors import UserError
 from cae.storage import read_weights
@@ -227,7 +228,8 @@ def test_colour_images_and_patches_of_the_tokenizer_s_own_size(another: Callable
     hardware = Hardware.choose(workspace.params.runtime)
     target = load_target(workspace.target)
     transform = pretrain.training_transform(workspace.params, target)
-    batches = train_batches(workspace, transform, batch_size=4, total_steps=1, hardware=hardware)(0)
+    source = train_batches(workspace, transform, batch_size=4, total_steps=1, share=WHOLE, hardware=hardware)
+    batches = source(0)
     assert "target_images" not in next(iter(batches))
     images = unit_range(first_images(workspace, "val", workspace.preprocessing(), 3))
     assert target.decode(target.encode(target.view(images))).shape == (3, 3, 32, 40)
