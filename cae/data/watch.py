@@ -68,6 +68,8 @@ class WatchedLoader(Iterable[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self._iterator = iter(self.loader)
+        _workers[:] = [worker for worker in _workers if worker.is_alive()]
+        _workers.extend(getattr(self._iterator, "_workers", []))
         with named_deaths():
             yield from self._iterator
 
@@ -121,11 +123,16 @@ def named_deaths() -> Iterator[None]:
 _loaders: "WeakSet[WatchedLoader]" = WeakSet()
 
 
+# Held beyond their loader, whose own end may have come without theirs.
+_workers: list[Any] = []
+
+
 @atexit.register
 def _kill_all_workers() -> None:
     """Before multiprocessing's own end, which would send SIGTERM and wait for workers that ignore it."""
-    for loader in list(_loaders):
-        loader.kill_workers()
+    for worker in _workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _signal_name(number: int) -> str:
