@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -236,7 +237,7 @@ class _Run:
         # Here, and where steps are checked, values are read back from the device, and nowhere else.
         means = mean_over_ranks(torch.stack([value.double() for value in result.values.values()]))
         read = dict(zip(result.values, means.tolist(), strict=True))
-        values = {key: value for key, value in read.items() if torch.tensor(value).isfinite()}
+        values = {key: value for key, value in read.items() if math.isfinite(value)}
         values["lr"] = max(group["lr"] for group in self.training.optimizer.param_groups)
         values["skipped_steps"] = float(self.skipped.total)
         speed = {**self.meter.recent(), "peak_memory_mb": peak_memory_mb(self.training.hardware.device)}
