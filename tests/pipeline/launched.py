@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from cae.errors import UserError
@@ -34,11 +35,16 @@ def main() -> None:
 
 
 def rank(behaviour: str) -> None:
-    number, caught = int(os.environ["RANK"]), []
+    number = int(os.environ["RANK"])
+    caught: list[int] = []
     for name in STOP_SIGNALS:
         signal.signal(name, lambda given, _frame: caught.append(given))
     # torch takes seconds, and most behaviours need none.
-    add = adder(number) if behaviour in ("adds", "ends") else lambda: 0
+    with adder(number) if behaviour in ("adds", "ends") else nullcontext(lambda: 0) as add:
+        behave(behaviour, number, caught, add)
+
+
+def behave(behaviour: str, number: int, caught: list[int], add: Callable[[], int]) -> None:
     note(f"rank-{number}", f"{os.getpid()} {add()} {os.environ['OMP_NUM_THREADS']}")
     sys.stderr.write(f"rank {number} is at work\n")
     if behaviour == "ends":
@@ -56,19 +62,22 @@ def rank(behaviour: str) -> None:
     sys.exit(128 + caught[0])
 
 
-def adder(number: int) -> Callable[[], int]:
+@contextmanager
+def adder(number: int) -> Iterator[Callable[[], int]]:
     """Adds `number` + 1 up over all ranks."""
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from cae.train.parallel import joined
 
     def add() -> int:
         total = torch.tensor([number + 1])
         dist.all_reduce(total)
         return int(total)
 
-    return add
+    # Left without it, gloo's threads abort the process as it ends, now and then.
+    with joined(torch.device("cpu")):
+        yield add
 
 
 def note(name: str, text: str) -> None:
