@@ -7,7 +7,7 @@ from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from cae.drop_path import DropPath
-from cae.lean import gained_linear, gained_mlp
+from cae.lean import attention, gained_linear, gained_mlp
 
 # Epsilon of every LayerNorm in the official models.
 NORM_EPS = 1e-6
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def mix(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Self-attention before its output projection."""
         bias = self.relative_position.get_bias() if self.relative_position else None
-        return _attend(*self._self_projections(x), bias)
+        return self._attend(self._project(x), bias=bias)
 
     def cross(
         self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"]
@@ -68,12 +68,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b m d"]:
         """Cross-attention before its output projection."""
         q_weight, k_weight, v_weight = self.qkv.weight.chunk(3)
-        projected = (
-            F.linear(query, q_weight, self.q_bias),
-            F.linear(key, k_weight),
-            F.linear(value, v_weight, self.v_bias),
+        return self._attend(
+            F.linear(query, q_weight, self.q_bias), F.linear(key, k_weight), F.linear(value, v_weight, self.v_bias)
         )
-        return _attend(*map(self._heads, projected))
 
     def cross_weights(self, query: Float[Tensor, "b m d"], key: Float[Tensor, "b n d"]) -> Float[Tensor, "b h m n"]:
         """Attention weights of cross-attention, per head."""
@@ -82,32 +79,31 @@ class Attention(nn.Module):
 
     def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
         """Attention weights of the first token (the class token) over all tokens, per head."""
-        query, key, _ = self._self_projections(x)
+        query, key, _ = map(self._heads, self._project(x).chunk(3, dim=-1))
         bias = self.relative_position.get_bias()[:, :, :1] if self.relative_position else None
         return _weights(query[:, :, :1], key, bias).squeeze(2)
 
-    def _self_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        query, key, value = F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
-        return self._heads(query), self._heads(key), self._heads(value)
+    def _project(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n 3*d"]:
+        """Query, key and value side by side."""
+        return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+
+    def _attend(
+        self, *projected: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h m n"] | None = None
+    ) -> Float[Tensor, "b m d"]:
+        """Query, key and value are three tensors, or lie side by side in one."""
+        first = projected[0]
+        if bias is None and first.device.type == "cpu" and first.dtype == torch.bfloat16:
+            return attention(self.num_heads, *projected)
+        query, key, value = map(self._heads, projected if len(projected) == 3 else first.chunk(3, dim=-1))
+        if bias is None:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            # Fused attention with a bias is no graph that torch 2.15 can export.
+            mixed = _weights(query, key, bias) @ value
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n e"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def _attend(
-    query: Float[Tensor, "b h m e"],
-    key: Float[Tensor, "b h n e"],
-    value: Float[Tensor, "b h n e"],
-    bias: Float[Tensor, "1 h m n"] | None = None,
-) -> Float[Tensor, "b m d"]:
-    if bias is not None or (query.device.type == "cpu" and query.dtype == torch.bfloat16):
-        # The fused kernel for bf16 on a CPU takes 2 to 5 times as long as its parts, forward and backward; with a
-        # bias it is no graph that torch 2.15 can export.
-        mixed = _weights(query, key, bias) @ value
-    else:
-        mixed = F.scaled_dot_product_attention(query, key, value)
-    return mixed.transpose(1, 2).flatten(2)
 
 
 def _weights(

@@ -1,7 +1,9 @@
 """Which device and which precision a run uses."""
 
 import contextlib
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,9 @@ import torch
 from cae.config import RuntimeConfig
 from cae.errors import UserError
 from cae.train.parallel import Ranks
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,24 @@ def _gains_by_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def keep_freed_memory() -> None:
+    """Have malloc keep what a step frees for the next one; where the C library is not glibc nothing happens.
+
+    It otherwise gives most of it back to the system, which clears every page again before its next use.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+
+
 def set_reproducible(seed: int) -> None:
     """Seed torch, and prefer operations whose result is the same in every run; the few that have none warn."""
     # cuBLAS reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would also fill all memory before its first use, to show code that reads it too early.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

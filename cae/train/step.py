@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from cae.data.loader import Batch
 from cae.drop_path import DropPath
-from cae.train.device import Hardware
+from cae.train.device import Hardware, keep_freed_memory
 from cae.train.parallel import Ranks, in_group, largest_over_ranks
 from cae.train.skipping import SkippedSteps
 
@@ -53,6 +53,8 @@ class TrainStep:
         self.parameters = list(module.parameters())
         self.drop_paths = [child for child in module.modules() if isinstance(child, DropPath) and child.rate]
         self.ranks = Ranks.from_environment()
+        if hardware.device.type == "cpu":
+            keep_freed_memory()
         self.forward: nn.Module = _Forward(module, function)
         if in_group() and not isinstance(module, FSDPModule):
             self.forward = _data_parallel(self.forward)

@@ -1,6 +1,7 @@
 """The functions that keep less for the backward pass give the values and the gradients of what they stand for."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from cae import lean
-from cae.lean import gained_linear, gained_mlp, linear_cross_entropy
+from cae.lean import attention, gained_linear, gained_mlp, linear_cross_entropy
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -24,21 +25,33 @@ def plain_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, classes: Tensor
     return F.cross_entropy(F.linear(x, weight, bias).flatten(0, 1).float(), classes.flatten())
 
 
+def plain_attention(*projected: Tensor) -> Tensor:
+    parts = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
+    query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 CLASSES = torch.tensor([[1, 0, 6, 6, 3], [2, 5, 0, 4, 6], [6, 1, 1, 2, 3]])
 SHAPES = {
     "linear": [(3, 5, 4), (6, 4), (6,), (6,)],
     "mlp": [(3, 5, 4), (8, 4), (8,), (4, 8), (4,), (4,)],
     "cross_entropy": [(3, 5, 4), (7, 4), (7,)],
+    "self-attention": [(3, 5, 18)],
+    "cross-attention": [(3, 4, 6), (3, 5, 6), (3, 5, 6)],
 }
 LEAN: dict[str, Callable[..., Tensor]] = {
     "linear": gained_linear,
     "mlp": gained_mlp,
     "cross_entropy": lambda *inputs: linear_cross_entropy(*inputs, CLASSES)[0],
+    "self-attention": partial(attention, 2),
+    "cross-attention": partial(attention, 2),
 }
 PLAIN: dict[str, Callable[..., Tensor]] = {
     "linear": plain_linear,
     "mlp": plain_mlp,
     "cross_entropy": lambda *inputs: plain_cross_entropy(*inputs, CLASSES),
+    "self-attention": plain_attention,
+    "cross-attention": plain_attention,
 }
 
 
