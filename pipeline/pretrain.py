@@ -18,7 +18,6 @@ from cae.normalization import Normalization, Normalize
 from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
 from cae.train.alarm import Alarm
-from cae.train.compile import compiled
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import Training
 from cae.train.optimizer import adamw, cosine_schedule
@@ -58,11 +57,6 @@ class Objective:
         self.model, self.target = model, target
         self.normalize = Normalize(normalization)
         self.alignment_weight, self.alignment_warmup_steps = alignment_weight, alignment_warmup_steps
-        self.forward = self.losses
-
-    def compile(self, device: torch.device) -> None:
-        """From now on the pass of the model is compiled, where that is possible."""
-        self.forward = compiled(self.losses, wanted=True, device=device)
 
     def to(self, device: torch.device) -> "Objective":
         for module in (self.model, self.target, self.normalize):
@@ -72,7 +66,9 @@ class Objective:
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.codes(batch)
         images = self.normalize(unit_range(batch["images"]))
-        output = self.forward(images, batch["visible"], batch["masked"], codes)
+        head_loss = partial(self.target.head_loss, codes=codes)
+        output = self.model(images, batch["visible"], batch["masked"], head_loss)
+        assert isinstance(output, CaeLosses)
         decoding, alignment = output.decoding.loss, alignment_loss(output.z_m, output.z_m_target)
         parts = {
             "decoding_loss": decoding,
@@ -82,12 +78,6 @@ class Objective:
         }
         weight = self.alignment_weight * min(1.0, (step + 1) / max(1, self.alignment_warmup_steps))
         return decoding + weight * alignment, parts
-
-    def losses(self, images: Tensor, visible: Tensor, masked: Tensor, codes: Tensor) -> CaeLosses:
-        """One pass of the model with the decoding loss taken in it; `images` are normalised."""
-        output = self.model(images, visible, masked, partial(self.target.head_loss, codes=codes))
-        assert isinstance(output, CaeLosses)
-        return output
 
     def codes(self, batch: Batch) -> Tensor:
         """The targets of the masked patches."""
@@ -130,8 +120,6 @@ def run(workspace: Workspace) -> None:
     lr_warmup_steps = steps_in(config.warmup_epochs, num_train, config.batch_size)
     warmup_steps = steps_in(config.alignment_warmup_epochs, num_train, config.batch_size)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
-    if params.runtime.compile:
-        objective.compile(hardware.device)
     masks = mask_sampler(params)
     optimizer = adamw(model, config)
     num_steps = total_steps(num_train, config.batch_size, config.epochs)

@@ -20,7 +20,9 @@ from cae.data.loader import Batch
 from cae.model import ContextAutoencoder
 from cae.normalization import Normalization
 from cae.targets.tokens import TokenTarget
+from cae.train.compile import compile_blocks
 from cae.train.optimizer import BETAS, EPS
+from cae.train.parallel import blocks_of
 from cae.train.skipping import SkippedSteps
 from cae.train.step import TrainStep
 from pipeline.pretrain import Objective
@@ -71,7 +73,7 @@ class OurStep:
         normalization = Normalization([0.5] * 3, [0.25] * 3)
         self.objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
         if setting.compile:
-            self.objective.compile(setting.device)
+            compile_blocks(blocks_of(self.model), setting.device)
         optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self.step = TrainStep(
             self.model,

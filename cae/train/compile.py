@@ -1,31 +1,35 @@
-"""`torch.compile` where it was asked for and can work; else the function as it is, with a warning."""
+"""`torch.compile` where it can work, else a warning.
+
+Block by block: the whole pass as one graph takes minutes to compile and is no faster.
+"""
 
 import importlib
 import logging
 import subprocess
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
-from typing import TypeVar, cast
 
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
-Compiled = TypeVar("Compiled", bound=Callable[..., object])
 PROBE_TIMEOUT_S = 120
+# A block has some variants: another number of tokens, no gradient, no drop path.
+MOST_VARIANTS = 64
 
 
-def compiled(function: Compiled, *, wanted: bool, device: torch.device) -> Compiled:
-    """`function` compiled for static shapes, at its first call; the same function where not wanted or not possible.
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Have every transformer block compiled for static shapes at its first call; alike ones share what was compiled.
 
-    A new shape compiles it once more. Warns, once a process, with the reason where no compiler works.
+    Their `forward` is replaced. Warns, once a process, with the reason where no compiler works, and leaves them alone.
     """
-    if not wanted:
-        return function
     if reason := missing_compiler(device.type):
         _warn(reason)
-        return function
-    return cast(Compiled, torch.compile(function, dynamic=False))
+        return
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def missing_compiler(device_type: str) -> str | None:

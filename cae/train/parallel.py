@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from cae.config import RuntimeConfig
+from cae.train.compile import compile_blocks
 
 T = TypeVar("T")
 
@@ -86,10 +87,12 @@ def shard(module: nn.Module) -> None:
 
 
 def share_out(module: nn.Module, runtime: RuntimeConfig) -> None:
-    """What `runtime` says of memory, done to a module on its device before its optimizer is made.
+    """What `runtime` says of compiling and of memory, done to a module on its device before its optimizer is made.
 
-    With `parallel: ddp` nothing is left to do: the training step wraps the module.
+    For `parallel: ddp` nothing is done here: the training step wraps the module.
     """
+    if runtime.compile:
+        compile_blocks(blocks_of(module), next(module.parameters()).device)
     if runtime.activation_checkpointing:
         checkpoint_activations(module)
     if runtime.parallel == "fsdp" and in_group():

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cae.data.loader import Batch
-from cae.drop_path import DropPath
+from cae.drop_path import DropPath, keep_factors
 from cae.train.device import Hardware, keep_freed_memory
 from cae.train.parallel import Ranks, in_group, largest_over_ranks
 from cae.train.skipping import SkippedSteps
@@ -51,7 +51,7 @@ class TrainStep:
         self.optimizer, self.schedule, self.hardware = optimizer, schedule, hardware
         self.clip_grad, self.accumulate, self.seed, self.skipped = clip_grad, accumulate, seed, skipped
         self.parameters = list(module.parameters())
-        self.drop_paths = [child for child in module.modules() if isinstance(child, DropPath) and child.rate]
+        self.drop_paths = [child for child in module.modules() if isinstance(child, DropPath) and child.drops]
         self.ranks = Ranks.from_environment()
         if hardware.device.type == "cpu":
             keep_freed_memory()
@@ -94,11 +94,12 @@ class TrainStep:
         if not self.drop_paths:
             return
         rng = np.random.default_rng([self.seed, step])
-        drawn = rng.random((len(self.drop_paths), size * num_parts), dtype=np.float32)
-        mine = torch.from_numpy(drawn[:, part * size : (part + 1) * size].copy())
-        mine = mine.to(self.hardware.device, non_blocking=True)
-        for drop_path, row in zip(self.drop_paths, mine, strict=True):
-            drop_path.draws = row
+        drawn = torch.from_numpy(rng.random((len(self.drop_paths), size * num_parts), dtype=np.float32))
+        rates = torch.tensor([[drop_path.rate] for drop_path in self.drop_paths])
+        factors = keep_factors(drawn[:, part * size : (part + 1) * size], rates)
+        factors = factors.to(self.hardware.device, non_blocking=True)
+        for drop_path, row in zip(self.drop_paths, factors, strict=True):
+            drop_path.factors = row
 
     def _without_exchange(self, number: int) -> "nullcontext[None]":
         """Gradients are exchanged once a step, with the last micro-batch."""

@@ -1,4 +1,4 @@
-"""Compiling gives the same values, and where nothing can compile, a warning and the function as it is."""
+"""Compiling gives the same values, and where nothing can compile, a warning and the blocks as they are."""
 
 import logging
 import sys
@@ -6,17 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._inductor import config
 
+from cae.blocks import Block
 from cae.train import compile as compiling
-from cae.train.compile import compiled, missing_compiler
+from cae.train.compile import compile_blocks, missing_compiler
 
 CPU = torch.device("cpu")
 
 
-def wave(x: Tensor) -> Tensor:
-    return (x.sin() * 2).sum()
+def blocks() -> list[Block]:
+    torch.manual_seed(0)
+    return [Block(16, 2, layer_scale=0.5, drop_path=rate) for rate in (0.1, 0.2, 0.3)]
 
 
 @pytest.fixture(autouse=True)
@@ -28,26 +30,33 @@ def nothing_warned_of_yet() -> Iterator[None]:
 
 
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason=f"{missing_compiler('cpu')}")
-def test_a_compiled_function_gives_values_and_gradients_of_the_eager_one() -> None:
-    function = compiled(wave, wanted=True, device=CPU)
-    assert function is not wave
-    x, y = (torch.linspace(0, 1, 9, dtype=torch.float64).requires_grad_() for _ in range(2))
-    torch.testing.assert_close(function(x), wave(y))
-    function(x).backward()
-    wave(y).backward()
-    torch.testing.assert_close(x.grad, y.grad)
-
-
-def test_not_wanted_is_not_compiled() -> None:
-    assert compiled(wave, wanted=False, device=CPU) is wave
+def test_compiled_blocks_give_values_and_gradients_of_eager_ones_and_share_their_code() -> None:
+    counters.clear()
+    eager, compiled = blocks(), blocks()
+    compile_blocks(compiled, CPU)
+    x, y = (torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16).requires_grad_() for _ in range(2))
+    results = []
+    for start, several in ((x, eager), (y, compiled)):
+        value = start
+        for block in several:
+            # As the training step gives them.
+            block.drop_path.factors = torch.tensor([0.0, 1 / (1 - block.drop_path.rate)])
+            value = block(value)
+        value.square().sum().backward()
+        results.append([value, start.grad, *(p.grad for block in several for p in block.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", ["/nothing/here", "false"])
 def test_without_a_working_compiler_it_warns_once_and_runs(name: str, caplog: pytest.LogCaptureFixture) -> None:
     # CXX is read when the module is first imported.
     with config.patch({"cpp.cxx": (None, name)}), caplog.at_level(logging.WARNING):
-        functions = [compiled(wave, wanted=True, device=CPU) for _ in range(2)]
-    assert all(function is wave for function in functions)
+        for _ in range(2):
+            several = blocks()
+            compile_blocks(several, CPU)
+            assert all("forward" not in vars(block) for block in several)
     (warning,) = caplog.messages
     assert "runtime.compile" in warning
     assert "CXX" in warning
