@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.training import contenders, contest, loading
+from benchmarks.training import alone, contenders, contest, loading
+from benchmarks.training.alone import Contender
 from benchmarks.training.setting import Setting, machine
 from cae.errors import UserError
 
@@ -53,20 +55,25 @@ def measure(setting: Setting, rounds: int, parts: Sequence[str]) -> dict[str, An
         "precision_of": {name: _precision(name, setting) for name in names},
         "left_out": left_out,
     }
-    if "step" in parts:
-        result |= _steps(setting, names, rounds)
-    if "memory" in parts:
-        result |= _memory(setting, names)
+    if "step" in parts or "memory" in parts:
+        with ExitStack() as stack:
+            running = []
+            for name in names:
+                logger.info("%s: warming up", name)
+                running.append(stack.enter_context(alone.started(name, setting, torch.get_num_threads())))
+            if "step" in parts:
+                result |= _steps(setting, running, rounds)
+            if "memory" in parts:
+                result |= _memory(setting, running)
     if "loader" in parts:
         logger.info("loader")
         result["data"] = loading.measure(setting)
     return result
 
 
-def _steps(setting: Setting, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    batch = contenders.Batch.draw(setting)
-    steps = {name: contenders.build(name, batch) for name in names}
-    times = contest.interleaved(steps, rounds, setting.device)
+def _steps(setting: Setting, running: Sequence[Contender], rounds: int) -> dict[str, Any]:
+    names = [contender.name for contender in running]
+    times = contest.interleaved(running, rounds)
     speeds = contest.speeds(times, setting.batch_size)
     flops = {name: contest.flops_per_image(name, setting) for name in names}
     # Plain does what ours does; its second embedding of the patches is no use to anyone.
@@ -88,14 +95,13 @@ def _steps(setting: Setting, names: Sequence[str], rounds: int) -> dict[str, Any
     }
 
 
-def _memory(setting: Setting, names: Sequence[str]) -> dict[str, Any]:
+def _memory(setting: Setting, running: Sequence[Contender]) -> dict[str, Any]:
     counted = (
         "most that torch allocated from before the model was built to the end of the third step"
         if setting.device.type == "cuda"
         else "peak of resident memory to the end of the third step, less what was resident before the model was built"
     )
-    threads = torch.get_num_threads()
-    peaks = {name: contest.peak_memory(name, setting, threads) for name in names}
+    peaks = {contender.name: contender.peak_bytes for contender in running}
     return {
         "peak_memory_bytes": peaks,
         "peak_memory_ratio": {name: peaks["cae"] / peak for name, peak in peaks.items()},

@@ -1,29 +1,18 @@
-"""What each change of our step brings: the step again with one of them undone, in turn.
+"""Our step with one of its changes undone, by the name of the change."""
 
-`python -m benchmarks.training.changes`, in processor time of one thread, which other programs disturb less than they
-disturb the clock on the wall. Optional arguments: fp32 or bf16, and rounds. With a change's name as well: the peak
-memory of that step, in a process of its own.
-"""
-
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
-from benchmarks.training import memory
-from benchmarks.training.contenders import Batch, build
-from benchmarks.training.setting import Setting
-from cae.blocks import _weights
+from benchmarks.training import contenders
+from benchmarks.training.contenders import Batch, Step
+from cae.blocks import Attention, _weights
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -40,20 +29,28 @@ def _cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
     return loss, (logits.argmax(-1) == classes).float().mean()
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def _attention(self: Attention, *projected: Tensor, bias: Tensor | None = None) -> Tensor:
+    query, key, value = _heads(self, projected)
     return (_weights(query, key, bias) @ value).transpose(1, 2).flatten(2)
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fused_attention(self: Attention, *projected: Tensor, bias: Tensor | None = None) -> Tensor:
+    query, key, value = _heads(self, projected)
     return F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
 
 
+def _heads(attention: Attention, projected: tuple[Tensor, ...]) -> list[Tensor]:
+    parts = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
+    return [attention._heads(part) for part in parts]
+
+
+# The attention of float32 and that of bf16 are two changes with one place.
 UNDONE: dict[str, list[tuple[str, Any]]] = {
-    "none": [],
     "gain in the weight, GELU computed again": [("cae.blocks.gained_linear", _linear), ("cae.blocks.gained_mlp", _mlp)],
     "head and cross-entropy in chunks": [("cae.targets.tokens.linear_cross_entropy", _cross_entropy)],
-    "fused attention in float32": [("cae.blocks._attend", _attention)],
-    "attention by its parts in bf16": [("cae.blocks._attend", _fused_attention)],
+    "attention that is not written out": [("cae.blocks.Attention._attend", _attention)],
+    "attention in bf16 that is not torch's fused one": [("cae.blocks.Attention._attend", _fused_attention)],
+    "freed memory kept": [("cae.train.step.keep_freed_memory", lambda: None)],
     "fused AdamW": [("benchmarks.training.ours.AdamW", partial(AdamW, foreach=False))],
 }
 
@@ -67,41 +64,15 @@ def undone(name: str) -> Iterator[None]:
         yield
 
 
-def step_without(name: str, setting: Setting) -> Callable[[], object]:
-    """A step that runs without one change."""
+def build(name: str, batch: Batch) -> Step:
+    """A contender, or our step that runs without the change of that name."""
+    if name not in UNDONE:
+        return contenders.build(name, batch)
     with undone(name):
-        step = build("cae", Batch.draw(setting))
+        step = contenders.build("cae", batch)
 
     def run() -> None:
         with undone(name):
             step()
 
     return run
-
-
-def main() -> None:
-    precision, rounds, *alone = [*sys.argv[1:], "fp32", "5"][: max(2, len(sys.argv) - 1)]
-    torch.set_num_threads(1)
-    setting = Setting("vit_small", 224, 16, 16, torch.device("cpu"), precision, compile=False)
-    if alone:
-        sys.stdout.write(f"{memory.peak_of(lambda: step_without(alone[0], setting), setting.device)}\n")
-        return
-    steps = {name: step_without(name, setting) for name in UNDONE}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(int(rounds) + 1):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if number:  # the first is warm-up
-                seconds[name].append(time.process_time() - start)
-    for name, values in seconds.items():
-        ratio = statistics.median(v / base for v, base in zip(values, seconds["none"], strict=True))
-        command = [sys.executable, "-m", "benchmarks.training.changes", precision, rounds, name]
-        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        sys.stdout.write(
-            f"{name}: {statistics.median(values):.2f} s, {ratio:.3f} times ours, {peak / 2**20:,.0f} MiB\n"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.training.contest import synchronize
 from benchmarks.training.ours import OurStep
 from benchmarks.training.setting import MASKED_SHARE, VOCAB_SIZE, Setting
+from benchmarks.training.timing import synchronize
 from cae.config import CropConfig
 from cae.data.loader import Batch, TrainDataset, train_loader
 from cae.data.order import EpochBatches, SampleOrder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training import bench, contenders, loading
+from benchmarks.training import alone, bench, contenders, loading
 from benchmarks.training.contenders import Batch
 from benchmarks.training.ours import OurStep
 from benchmarks.training.plain import PlainCae, PlainStep
@@ -16,28 +16,29 @@ from cae.errors import UserError
 from cae.official import from_official
 
 
-def tiny(monkeypatch: pytest.MonkeyPatch, precision: str = "fp32") -> Setting:
-    monkeypatch.setattr("benchmarks.training.setting.ENCODER_SIZES", {"vit_small": (2, 32, 4)})
+def small(precision: str = "fp32") -> Setting:
+    """A real size, for the contenders' processes know no other, on four patches."""
     return Setting.checked(
-        model="vit_small",
-        image_size=32,
-        patch_size=8,
-        batch_size=2,
-        device="cpu",
-        precision=precision,
-        compile=False,
+        model="vit_small", image_size=32, patch_size=16, batch_size=2, device="cpu", precision=precision, compile=False
     )
 
 
-def test_the_plain_step_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = tiny(monkeypatch)
-    batch = Batch.draw(setting)
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Setting:
+    monkeypatch.setattr("benchmarks.training.setting.ENCODER_SIZES", {"vit_small": (2, 32, 4)})
+    return Setting.checked(
+        model="vit_small", image_size=32, patch_size=8, batch_size=2, device="cpu", precision="fp32", compile=False
+    )
+
+
+def test_the_plain_step_computes_what_ours_does(tiny: Setting) -> None:
+    batch = Batch.draw(tiny)
     torch.manual_seed(0)
     plain = PlainCae(
         (4, 4), 8, width=32, depth=2, num_heads=4, predictor_depth=4, vocab_size=8192, layer_scale=0.1, drop_path=0.0
     )
     state = {key: value.clone() for key, value in plain.state_dict().items()}
-    ours = OurStep(setting, batch.tokens)
+    ours = OurStep(tiny, batch.tokens)
     imported = from_official(state, Path("plain.pth"), 4, 4).model
     ours.model.load_state_dict(imported.state_dict())
     ours.model.eval()
@@ -49,22 +50,25 @@ def test_the_plain_step_computes_what_ours_does(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_contender_is_measured_and_told(
-    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("benchmarks.training.contest.TURN_S", 0.0)
     monkeypatch.setattr("benchmarks.training.contest.MATMUL_SIZE", {"cpu": 64})
     out = tmp_path / "bench.json"
-    bench.run(tiny(monkeypatch, precision), 2, None, ["step"], out)
+    setting = small("bf16")
+    bench.run(setting, 2, None, ["step", "memory"], out)
     written = json.loads(out.read_text())
     assert set(written["images_per_s"]) == {"cae", "plain", "beit", "mae"}
     assert written["ratio"]["cae"] == 1
     speeds = written["images_per_s"]
     assert written["ratio"]["plain"] == pytest.approx(speeds["cae"] / speeds["plain"])
-    assert written["precision_of"] == {"cae": precision, "plain": "fp32", "beit": precision, "mae": precision}
+    assert written["precision_of"] == {"cae": "bf16", "plain": "fp32", "beit": "bf16", "mae": "bf16"}
     assert {len(times) for times in written["step_s"].values()} == {2}
     assert all(value > 0 for value in written["gflop_per_image"].values())
+    parameters = sum(parameter.numel() for parameter in OurStep(setting, torch.zeros(1, 4)).model.parameters())
+    # Weights, gradients and two moments, four bytes each.
+    assert written["peak_memory_bytes"]["cae"] > 16 * parameters
     shown = capsys.readouterr().out
     assert all(meaning in shown for meaning in contenders.MEANINGS.values())
 
@@ -76,20 +80,21 @@ def test_without_transformers_the_peers_are_left_out_with_the_reason(monkeypatch
     assert "transformers" in left_out["beit"]
 
 
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    from benchmarks.training.contest import peak_memory
-
-    setting = Setting.checked(
-        model="vit_small", image_size=32, patch_size=16, batch_size=1, device="cpu", precision="fp32", compile=False
-    )
-    parameters = sum(parameter.numel() for parameter in OurStep(setting, torch.zeros(1, 4)).model.parameters())
-    # Weights, gradients and two moments, four bytes each.
-    assert peak_memory("cae", setting, 1) > 16 * parameters
+@pytest.mark.parametrize("name", ["freed memory kept", "attention in bf16 that is not torch's fused one"])
+def test_a_change_can_be_undone(name: str) -> None:
+    with alone.started(name, small("bf16"), 1) as contender:
+        assert contender.seconds_per_step(1) > 0
 
 
-def test_the_loader_reads_real_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_dies_is_told_with_its_last_words(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="the process of nobody ended with 1"), alone.started("nobody", small(), 1):
+        pass
+    assert "KeyError: 'nobody'" in capfd.readouterr().err
+
+
+def test_the_loader_reads_real_jpegs(tiny: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "NUM_IMAGES", 4)
-    figures = loading.measure(tiny(monkeypatch))
+    figures = loading.measure(tiny)
     assert figures["loader_alone_images_per_s"] > 0
     assert 0 <= figures["data_wait_fraction"] < 1
 
@@ -111,6 +116,6 @@ def test_arguments_that_cannot_be_are_refused(
         Setting.checked(**{**given, "precision": "fp32", "compile": False, **changes})  # type: ignore[arg-type]
 
 
-def test_a_missing_folder_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_folder_is_told_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--out"):
-        bench.run(tiny(monkeypatch), 1, None, ["step"], tmp_path / "none" / "x.json")
+        bench.run(small(), 1, None, ["step"], tmp_path / "none" / "x.json")

@@ -1,0 +1,129 @@
+"""One contender in a process of its own: `python -m benchmarks.training.alone NAME THREADS SETTING`.
+
+Nothing that one of them sets or leaves behind, such as what our step asks of malloc, touches another. It writes the
+peak of its memory once it is warm, and from then on, for each number of steps that it reads, the seconds of one.
+Memory is counted from just before the model is built to the end of the third step. CUDA: what torch allocated at most.
+CPU: the peak of resident memory, less what was resident before.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.training import changes
+from benchmarks.training.contenders import Batch
+from benchmarks.training.setting import Setting
+from benchmarks.training.timing import seconds_per_call
+from cae.errors import UserError
+
+WARMUP_STEPS = 3  # the moments are there from the first on, and gradients of one step meet the next one's activations
+KIB = 1024
+LAST_LINES = 3
+
+
+class Contender:
+    """The process, seen from the benchmark."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[str]") -> None:
+        self.name, self.process = name, process
+        self.peak_bytes = int(self._answer())
+
+    def seconds_per_step(self, count: int) -> float:
+        """Over `count` steps, now."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            return line
+        raise UserError(
+            f"cae-pipe bench: the process of {self.name} ended with {self.process.wait()}; expected its figures. Its "
+            "last words are above"
+        )
+
+
+@contextmanager
+def started(name: str, setting: Setting, threads: int) -> Iterator[Contender]:
+    """A contender, built and warm. Raises UserError where it ends too early."""
+    fields = {**asdict(setting), "device": setting.device.type}
+    command = [sys.executable, "-m", "benchmarks.training.alone", name, str(threads), json.dumps(fields)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            yield Contender(name, process)
+        except UserError:
+            errors.seek(0)
+            sys.stderr.writelines(errors.readlines()[-LAST_LINES:])
+            raise
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    name, threads, fields = sys.argv[1:]
+    values = json.loads(fields)
+    torch.set_num_threads(int(threads))
+    setting = Setting(**{**values, "device": torch.device(values["device"])})
+    if name in ("beit", "mae"):
+        import transformers.models.beit.modeling_beit
+        import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
+    batch = Batch.draw(setting)
+    step, peak = warm(lambda: changes.build(name, batch), setting.device)
+    answer(peak)
+    for line in sys.stdin:
+        if setting.device.type == "cuda":
+            step()
+        answer(seconds_per_call(step, int(line), setting.device))
+        if setting.device.type == "cuda":
+            # For the others on this GPU, who have their turns while this one waits.
+            torch.cuda.empty_cache()
+
+
+def answer(value: float) -> None:
+    sys.stdout.write(f"{value}\n")
+    sys.stdout.flush()
+
+
+def warm(build_step: Callable[[], Callable[[], object]], device: torch.device) -> tuple[Callable[[], object], int]:
+    """The step, and the bytes at the peak of building it and running it a few times, in a process that did nothing."""
+    # What is imported or set up at first use is no memory of the step.
+    (torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)).sum().item()
+    import benchmarks.training.ours  # noqa: F401
+
+    before = _start(device)
+    step = build_step()
+    for _ in range(WARMUP_STEPS):
+        step()
+    return step, _peak(device) - before
+
+
+def _start(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return KIB * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+if __name__ == "__main__":
+    main()
