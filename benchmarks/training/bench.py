@@ -21,7 +21,7 @@ from cae.errors import UserError
 logger = logging.getLogger(__name__)
 
 PARTS = ("step", "memory", "loader")
-MIB, GIGA = 2**20, 1e9
+MIB, GIGA, MS = 2**20, 1e9, 1000
 
 
 def run(setting: Setting, rounds: int, threads: int | None, parts: Sequence[str], out: Path | None) -> dict[str, Any]:
@@ -136,7 +136,8 @@ def show(result: dict[str, Any]) -> None:
             _cell(result, "peak_memory_bytes", name, "{:,.0f}", MIB),
             _cell(result, "peak_memory_ratio", name, "{:.2f}"),
         )
-    console.print(table)
+    if "images_per_s" in result or "peak_memory_bytes" in result:
+        console.print(table)
     for name, reason in result["left_out"].items():
         console.print(f"{name} is left out: {reason}", markup=False, highlight=False)
     if data := result.get("data"):
@@ -147,6 +148,9 @@ def show(result: dict[str, Any]) -> None:
             markup=False,
             highlight=False,
         )
+        parts = data["one_core_ms_per_image"]
+        told = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in parts.items())
+        console.print(f"An image on one core, in ms: {told}; {MS / sum(parts.values()):.0f} images/s.", highlight=False)
 
 
 def _cell(result: dict[str, Any], key: str, name: str, style: str, unit: float = 1) -> str:

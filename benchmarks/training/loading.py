@@ -4,14 +4,16 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.utils.data import default_collate
 
 from benchmarks.training.ours import OurStep
 from benchmarks.training.setting import MASKED_SHARE, VOCAB_SIZE, Setting
@@ -20,19 +22,20 @@ from cae.config import CropConfig
 from cae.data.loader import Batch, TrainDataset, train_loader
 from cae.data.order import EpochBatches, SampleOrder
 from cae.data.shards import UNLABELLED, ImageShards, Index, Row, ShardWriter
-from cae.data.transforms import CropFlip, PretrainTransform
+from cae.data.transforms import CropFlip, PretrainTransform, to_array
 from cae.masking import MaskSampler
 
 NUM_IMAGES = 128
 SIZE_PX = (500, 375)  # width and height, ImageNet's usual ones
 JPEG_QUALITY = 90
 SHARD_MB = 16.0
+MS = 1000
 WARMUP_BATCHES, TIMED_BATCHES = 2, 8
 PAPER_CROP = CropConfig(crop_scale=(0.08, 1.0), flip=0.5)
 
 
-def measure(setting: Setting) -> dict[str, float]:
-    """Images a second of the loader alone and of our step fed by it, and the share of time that this step waits."""
+def measure(setting: Setting) -> dict[str, Any]:
+    """Images a second of the loader alone and of our step fed by it, the share of time that it waits, and the parts."""
     with _loader(setting) as batches:
         alone, _ = _run(setting, batches, lambda batch: None)
     tokens = torch.randint(0, VOCAB_SIZE, (setting.batch_size, setting.num_patches), device=setting.device)
@@ -44,7 +47,38 @@ def measure(setting: Setting) -> dict[str, float]:
         "loader_alone_images_per_s": alone,
         "step_with_loader_images_per_s": fed,
         "data_wait_fraction": wait,
+        "one_core_ms_per_image": parts_ms(setting),
     }
+
+
+def parts_ms(setting: Setting) -> dict[str, float]:
+    """Milliseconds of one core for an image, by what the loader does with it, one thing after the other."""
+    rng = np.random.default_rng(0)
+    with _prepared(setting) as (shards, transform):
+        decode, pictures = _each(shards.image, range(len(shards)))
+        crop, views = _each(lambda picture: transform.crop(picture, rng), pictures)
+        mask, masks = _each(lambda _: transform.masks(rng), views)
+        array, arrays = _each(to_array, views)
+        rows = [
+            {"images": image, "visible": visible, "masked": masked}
+            for image, (visible, masked) in zip(arrays, masks, strict=True)
+        ]
+        size = setting.batch_size
+        collate, _ = _each(default_collate, [rows[start : start + size] for start in range(0, len(rows), size)])
+    return {
+        "decode": decode,
+        "crop, resize, flip": crop,
+        "mask": mask,
+        "array": array,
+        "collate": collate / size,
+    }
+
+
+def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> tuple[float, list[Any]]:
+    """Milliseconds of one call, the mean, and what all calls gave."""
+    start = time.process_time()
+    results = [function(item) for item in items]
+    return MS * (time.process_time() - start) / len(items), results
 
 
 def num_workers(device: torch.device) -> int:
@@ -71,17 +105,22 @@ def _run(setting: Setting, batches: Iterator[Batch], use: Callable[[Batch], None
 @contextmanager
 def _loader(setting: Setting) -> Iterator[Iterator[Batch]]:
     """Batches of `pretrain` from shards in a temporary folder."""
-    side = setting.image_size
-    masks = MaskSampler(setting.grid, setting.num_masked(MASKED_SHARE), "block", 0.08)
-    transform = PretrainTransform(CropFlip((side, side), PAPER_CROP), masks)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), max(NUM_IMAGES, setting.batch_size))
-        shards = ImageShards(Path(folder), "train")
+    with _prepared(setting) as (shards, transform):
         steps = WARMUP_BATCHES + TIMED_BATCHES
         # Batches prefetched in the warm-up must not be the last ones, or the workers would idle while they are timed.
         order = EpochBatches(SampleOrder(shards.counts, 0), setting.batch_size, 0, 2 * steps)
         dataset = TrainDataset(shards, transform, 0)
         yield iter(train_loader(dataset, order, num_workers(setting.device), setting.device))
+
+
+@contextmanager
+def _prepared(setting: Setting) -> Iterator[tuple[ImageShards, PretrainTransform]]:
+    side = setting.image_size
+    masks = MaskSampler(setting.grid, setting.num_masked(MASKED_SHARE), "block", 0.08)
+    transform = PretrainTransform(CropFlip((side, side), PAPER_CROP), masks)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), max(NUM_IMAGES, setting.batch_size))
+        yield ImageShards(Path(folder), "train"), transform
 
 
 def write_shards(folder: Path, count: int) -> None:

@@ -97,6 +97,7 @@ def test_the_loader_reads_real_jpegs(tiny: Setting, monkeypatch: pytest.MonkeyPa
     figures = loading.measure(tiny)
     assert figures["loader_alone_images_per_s"] > 0
     assert 0 <= figures["data_wait_fraction"] < 1
+    assert all(milliseconds > 0 for milliseconds in figures["one_core_ms_per_image"].values())
 
 
 @pytest.mark.parametrize(
