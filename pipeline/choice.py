@@ -94,7 +94,7 @@ def lengths(
     wanted = {"tokenizer": TOKENIZER_STEPS, "pretrain": PRETRAIN_STEPS, "finetune": FINETUNE_STEPS}
     choices = []
     for section, steps in wanted.items():
-        per_epoch = num_train // batch_sizes[section]
+        per_epoch = round(num_train / batch_sizes[section])
         reason = f"at least {steps} steps, {per_epoch} an epoch"
         epochs = min(max(shipped_epochs[section], math.ceil(steps / per_epoch)), MAX_EPOCHS[section])
         if section == "pretrain" and epochs * per_epoch > affordable:
