@@ -9,6 +9,7 @@ from torch import Tensor
 from cae.config import ModelConfig, Params
 from cae.data.loader import Batch, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
 from cae.data.order import EpochBatches, SampleOrder, Share, part_size
+from cae.data.remote import FetchAhead, ShardCache
 from cae.data.shards import INDEX_NAME, ImageShards, Picture, Split
 from cae.masking import MaskSampler
 from cae.train.device import Hardware
@@ -45,9 +46,12 @@ def train_batches(
     dataset = TrainDataset(shards, transform, params.seed)
     order = SampleOrder(shards.counts, params.seed)
     part_size(batch_size, share)
+    # The processes of a machine share what is fetched.
+    fetches = isinstance(shards.files, ShardCache) and Ranks.from_environment().local_rank == 0
+    announce = FetchAhead(shards) if fetches else None
 
     def from_step(start: int) -> Iterable[Batch]:
-        batches = EpochBatches(order, batch_size, start, total_steps, share)
+        batches = EpochBatches(order, batch_size, start, total_steps, share, announce)
         return train_loader(dataset, batches, params.runtime.num_workers, hardware.device)
 
     return from_step

@@ -14,7 +14,7 @@ The order of an epoch, with a window of WINDOW images:
 Ranks, workers and accumulation have no say in it: they share out each step's batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -63,14 +63,28 @@ class SampleOrder:
         """Samples `start` to `start + count` of the stream."""
         samples: list[SampleId] = []
         while len(samples) < count:
-            epoch, offset = divmod(start + len(samples), self.num_samples)
-            self._plan(epoch)
-            number = int(np.searchsorted(self._window_starts, offset, side="right")) - 1
+            epoch, number = self.window_of(start + len(samples))
             positions = self._in_window(epoch, number)
-            first = offset - int(self._window_starts[number])
+            first = (start + len(samples)) % self.num_samples - int(self._window_starts[number])
             chosen = positions[first : first + count - len(samples)].tolist()
             samples += [SampleId(epoch, position) for position in chosen]
         return samples
+
+    def window_of(self, sample: int) -> tuple[int, int]:
+        """Epoch and number of the window that holds a sample of the stream."""
+        epoch, offset = divmod(sample, self.num_samples)
+        self._plan(epoch)
+        return epoch, int(np.searchsorted(self._window_starts, offset, side="right")) - 1
+
+    def shards_after(self, sample: int) -> list[int]:
+        """The shards of the window after that of a sample of the stream; none where one window holds all."""
+        if self.num_samples <= self.window:
+            return []
+        epoch, number = self.window_of(sample)
+        if number + 2 == len(self._windows):
+            epoch, number = epoch + 1, -1
+            self._plan(epoch)
+        return self._shards[self._windows[number + 1] : self._windows[number + 2]].tolist()
 
     def _plan(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -109,14 +123,22 @@ class EpochBatches(Sampler[list[SampleId]]):
 
     Each batch is cut into num_accumulated * num_ranks equal parts, in order; micro-batch a of rank r is part
     a * num_ranks + r. Whatever the share, together they are the same batch. Raises UserError where it cannot be cut so.
+    `announce` hears of the shards of the window to come, once in each window.
     """
 
     def __init__(
-        self, order: SampleOrder, batch_size: int, start_step: int, total_steps: int, share: Share = WHOLE
+        self,
+        order: SampleOrder,
+        batch_size: int,
+        start_step: int,
+        total_steps: int,
+        share: Share = WHOLE,
+        announce: Callable[[list[int]], None] | None = None,
     ) -> None:
         check_batch_size(order.num_samples, batch_size)
         self.order, self.batch_size, self.share = order, batch_size, share
         self.start_step, self.total_steps = start_step, total_steps
+        self.announce = announce
         self.part_size = part_size(batch_size, share)
 
     def __len__(self) -> int:
@@ -124,11 +146,16 @@ class EpochBatches(Sampler[list[SampleId]]):
 
     def __iter__(self) -> Iterator[list[SampleId]]:
         rank, num_ranks, num_accumulated = self.share
+        announced = None
         for step in range(self.start_step, self.total_steps):
-            batch = self.order.take(step * self.batch_size, self.batch_size)
+            start = step * self.batch_size
+            batch = self.order.take(start, self.batch_size)
+            if self.announce and (window := self.order.window_of(start)) != announced:
+                self.announce(self.order.shards_after(start))
+                announced = window
             for number in range(num_accumulated):
-                start = (number * num_ranks + rank) * self.part_size
-                yield batch[start : start + self.part_size]
+                first = (number * num_ranks + rank) * self.part_size
+                yield batch[first : first + self.part_size]
 
 
 def total_steps(num_samples: int, batch_size: int, epochs: int) -> int:

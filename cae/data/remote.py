@@ -1,13 +1,18 @@
 """Shards at a URL: whatever fsspec opens, s3://, gs://, https:// or a folder as file://.
 
-They are fetched whole on first use into a folder that every process of a machine shares. It holds a window of the order
-(cae.data.order) and half of the next, so a larger set is fetched once an epoch and a smaller one once in all.
+They are fetched whole, ahead of their use, into a folder that every process of a machine shares. It holds a window of
+the order (cae.data.order) and the next, so a larger set is fetched once an epoch and a smaller one once in all.
 """
 
 import logging
+import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import fsspec
@@ -20,6 +25,7 @@ from cae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+NUM_STREAMS = 4  # that fetch ahead at a time
 PAUSES_S = (1, 4, None)  # after each failed attempt; None: no other follows
 
 
@@ -83,6 +89,41 @@ class ShardCache:
         return FileLock(self.folder / f"{name}.lock")
 
 
+class FetchAhead:
+    """Fetches the shards that come next while others are trained on.
+
+    In a process of its own, which ends with this one: the loader forks its workers, and a fork would inherit the locks
+    that a thread holds.
+    """
+
+    def __init__(self, shards: ImageShards) -> None:
+        self.infos, self.cache = shards.infos, shards.files
+        self._sender: Connection | None = None
+
+    def __call__(self, numbers: Sequence[int]) -> None:
+        """These shards next, by their place among all, where they are not there yet; returns at once."""
+        missing = [self.infos[number] for number in numbers if not self.cache.has(self.infos[number])]
+        if not missing:
+            return
+        if self._sender is None:
+            context = multiprocessing.get_context("spawn")
+            receiver, self._sender = context.Pipe(duplex=False)
+            context.Process(target=_fetch_ahead, args=(self.cache, receiver), name="fetch-ahead", daemon=True).start()
+            receiver.close()
+        self._sender.send(missing)
+
+
+def _fetch_ahead(cache: ShardCache, receiver: Connection) -> None:
+    """Until the sender is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ThreadPoolExecutor(NUM_STREAMS) as pool, suppress(EOFError):
+        while True:
+            for fetched in [pool.submit(cache.open, info) for info in receiver.recv()]:
+                # A loader worker will meet the same fault and end the training with it.
+                with suppress(UserError):
+                    fetched.result()
+
+
 def open_shards(folder: Path, split: Split, cache: Path) -> ImageShards:
     """The images of a split; where the index in `folder` names a URL, their files come by way of the folder `cache`."""
     index = Index.read(folder)
@@ -92,10 +133,10 @@ def open_shards(folder: Path, split: Split, cache: Path) -> ImageShards:
 
 
 def cache_limit(shards: Iterable[ShardInfo]) -> int:
-    """Bytes of a window of images of average size and half of the next."""
+    """Bytes of two windows of images of average size, and some more, for windows and images differ."""
     sizes = [(shard.bytes, shard.count) for shard in shards]
     num_bytes, num_images = (sum(column) for column in zip(*sizes, strict=True))
-    return round(1.5 * WINDOW * num_bytes / num_images)
+    return round(2.25 * WINDOW * num_bytes / num_images)
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

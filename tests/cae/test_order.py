@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +108,19 @@ def test_a_shard_larger_than_the_window_is_a_window_of_its_own() -> None:
     large = [number for number, position in enumerate(order) if position < 50]
     assert max(large) - min(large) == 49
     assert sorted(order) == list(range(56))
+
+
+def test_the_shards_of_each_window_are_announced_during_the_one_before() -> None:
+    order = SampleOrder([4, 6, 3, 7, 5, 5, 8], 0, window=10)
+    announced: list[list[int]] = []
+    num_steps = 3 * order.num_samples // 2
+    samples = chain.from_iterable(EpochBatches(order, 2, 0, num_steps, announce=announced.append))
+    shards_of_windows: dict[tuple[int, int], set[int]] = {}
+    for number, sample in enumerate(samples):
+        shard = int(np.searchsorted(order.starts, sample.position, side="right")) - 1
+        shards_of_windows.setdefault(order.window_of(number), set()).add(shard)
+    assert len(shards_of_windows) > 9
+    assert [set(shards) for shards in announced[:-1]] == list(shards_of_windows.values())[1:]
 
 
 def test_steps_are_counted_up_to_the_last_sample() -> None:

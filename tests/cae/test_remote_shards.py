@@ -1,8 +1,10 @@
 """Shards at a URL: read as if they lay on the disk, kept within a limit, refused where they are damaged."""
 
 import functools
+import gc
 import multiprocessing
 import threading
+import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from cae.data import remote
 from cae.data.loader import TrainDataset, train_loader
 from cae.data.order import EpochBatches, SampleOrder
-from cae.data.remote import ShardCache, filesystem, open_shards, upload
+from cae.data.remote import FetchAhead, ShardCache, filesystem, open_shards, upload
 from cae.data.shards import ImageShards, Index, Picture, file_sha256
 from cae.data.transforms import to_array
 from cae.errors import UserError
@@ -96,6 +98,28 @@ def test_two_epochs_over_http_are_those_of_the_disk(
         assert torch.equal(got, expected)
     # Whoever fetches it, a shard is fetched once.
     assert sorted(asked) == [f"/{info.file}" for info in near.infos]
+
+
+def test_shards_are_fetched_ahead_and_a_fault_is_left_to_the_loader(
+    tmp_path: Path, local: Path, url: str, asked: list[str]
+) -> None:
+    away = open_shards(index_only(local, tmp_path / "away", url), "train", tmp_path / "cache")
+    first, missing, *others = away.infos
+    (local / missing.file).unlink()
+    away.files.open(first)
+    ahead = FetchAhead(away)
+    ahead(list(range(len(away.infos))))
+    deadline = time.monotonic() + 60
+    while not all(away.files.has(info) for info in others):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not away.files.has(missing)
+    assert asked.count(f"/{first.file}") == 1
+    (process,) = [child for child in multiprocessing.active_children() if child.name == "fetch-ahead"]
+    del ahead
+    gc.collect()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
