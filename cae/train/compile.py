@@ -5,7 +5,10 @@ Block by block: the whole pass as one graph takes minutes to compile and is no f
 
 import importlib
 import logging
+import os
+import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 
@@ -42,32 +45,41 @@ def _missing_triton() -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}); install the triton that belongs to torch {torch.__version__}"
-    return None
+    # It builds its launchers in C, for this Python, and looks for a compiler in this order.
+    advice = "install gcc and Python's headers (python3-dev), or name a C compiler in the variable CC"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return f"triton needs a C compiler and none was found; {advice}"
+    command = [compiler, "-x", "c", "-I", sysconfig.get_path("include"), "-fsyntax-only", "-"]
+    return _failure(command, "#include <Python.h>\nint main(void) { return 0; }\n", advice)
 
 
 def _missing_cpp_compiler() -> str | None:
-    # Not only whether there is one: without its headers it compiles nothing.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     advice = "install a C++ compiler such as g++, or name one in the variable CXX"
     try:
-        command = [get_cpp_compiler(), "-x", "c++", "-fsyntax-only", "-"]
-        done = subprocess.run(  # noqa: S603 (the compiler that torch itself would call)
-            command,
-            input="#include <vector>\n#include <cmath>\nint main() { return std::vector<int>{}.size(); }\n",
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PROBE_TIMEOUT_S,
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return f"no working C++ compiler was found ({_first_line(str(error))}); {advice}"
+    source = "#include <vector>\n#include <cmath>\nint main() { return std::vector<int>{}.size(); }\n"
+    return _failure([compiler, "-x", "c++", "-fsyntax-only", "-"], source, advice)
+
+
+def _failure(command: Sequence[str], source: str, advice: str) -> str | None:
+    """Why `command` does not compile a source that needs headers, which a compiler may lack; None where it does."""
+    try:
+        done = subprocess.run(  # noqa: S603 (the compiler that torch or triton itself would call)
+            command, input=source, capture_output=True, text=True, check=False, timeout=PROBE_TIMEOUT_S
         )
-    except (InvalidCxxCompiler, OSError, subprocess.TimeoutExpired) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"no working C++ compiler was found ({first}); {advice}"
-    if done.returncode:
-        first = (done.stderr.splitlines() or ["no message"])[0]
-        return f"the C++ compiler {command[0]} fails ({first}); {advice}"
-    return None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the compiler {command[0]} cannot be run ({_first_line(str(error))}); {advice}"
+    return f"the compiler {command[0]} fails ({_first_line(done.stderr)}); {advice}" if done.returncode else None
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or ["no message"])[0]
 
 
 @cache

@@ -65,3 +65,15 @@ def test_without_a_working_compiler_it_warns_once_and_runs(name: str, caplog: py
 def test_cuda_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton" in (missing_compiler("cuda") or "")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"), [("", "none was found"), ("false", "false fails"), ("/nothing/here", "cannot be run")]
+)
+def test_triton_needs_a_c_compiler(compiler: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    reason = missing_compiler("cuda") or ""
+    assert says in reason
+    assert "python3-dev" in reason
