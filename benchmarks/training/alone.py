@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -31,24 +32,28 @@ LAST_LINES = 3
 class Contender:
     """The process, seen from the benchmark."""
 
-    def __init__(self, name: str, process: "subprocess.Popen[str]") -> None:
-        self.name, self.process = name, process
+    def __init__(self, name: str, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
+        self.name, self.process, self.errors = name, process, errors
         self.peak_bytes = int(self._answer())
 
     def seconds_per_step(self, count: int) -> float:
         """Over `count` steps, now."""
         assert self.process.stdin
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
+        # A process that is gone takes nothing, and has no answer.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(f"{count}\n")
+            self.process.stdin.flush()
         return float(self._answer())
 
     def _answer(self) -> str:
         assert self.process.stdout
         if line := self.process.stdout.readline():
             return line
+        self.errors.seek(0)
+        words = "".join(self.errors.readlines()[-LAST_LINES:]).strip()
         raise UserError(
             f"cae-pipe bench: the process of {self.name} ended with {self.process.wait()}; expected its figures. Its "
-            "last words are above"
+            f"last words: {words}"
         )
 
 
@@ -62,13 +67,12 @@ def started(name: str, setting: Setting, threads: int) -> Iterator[Contender]:
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         try:
-            yield Contender(name, process)
-        except UserError:
-            errors.seek(0)
-            sys.stderr.writelines(errors.readlines()[-LAST_LINES:])
-            raise
+            yield Contender(name, process, errors)
         finally:
             process.kill()
+            # Closing it would flush what the process no longer takes.
+            with suppress(BrokenPipeError):
+                process.communicate()
 
 
 def main() -> None:
@@ -81,14 +85,20 @@ def main() -> None:
         import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
     batch = Batch.draw(setting)
     step, peak = warm(lambda: changes.build(name, batch), setting.device)
+    make_room(setting.device)
     answer(peak)
     for line in sys.stdin:
         if setting.device.type == "cuda":
             step()
-        answer(seconds_per_call(step, int(line), setting.device))
-        if setting.device.type == "cuda":
-            # For the others on this GPU, who have their turns while this one waits.
-            torch.cuda.empty_cache()
+        seconds = seconds_per_call(step, int(line), setting.device)
+        make_room(setting.device)
+        answer(seconds)
+
+
+def make_room(device: torch.device) -> None:
+    """For the others on this GPU, who have their turns while this one waits."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def answer(value: float) -> None:

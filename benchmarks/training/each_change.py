@@ -17,12 +17,13 @@ MIB = 2**20
 
 
 def main() -> None:
-    precision, rounds = [*sys.argv[1:], "fp32", "7"][: max(2, len(sys.argv) - 1)]
+    precision, rounds = [*sys.argv[1:], *("fp32", "7")[len(sys.argv) - 1 :]]
+    num_rounds = int(rounds)
     setting = Setting("vit_small", 224, 16, 16, torch.device("cpu"), precision, compile=False)
     with ExitStack() as stack:
         threads = torch.get_num_threads()
         running = [stack.enter_context(alone.started(name, setting, threads)) for name in ("cae", *UNDONE)]
-        times = contest.interleaved(running, int(rounds))
+        times = contest.interleaved(running, num_rounds)
     for contender in running:
         values = times[contender.name]
         ratio = statistics.median(value / base for value, base in zip(values, times["cae"], strict=True))

@@ -76,15 +76,16 @@ class SampleOrder:
         self._plan(epoch)
         return epoch, int(np.searchsorted(self._window_starts, offset, side="right")) - 1
 
-    def shards_after(self, sample: int) -> list[int]:
-        """The shards of the window after that of a sample of the stream; none where one window holds all."""
-        if self.num_samples <= self.window:
-            return []
-        epoch, number = self.window_of(sample)
-        if number + 2 == len(self._windows):
-            epoch, number = epoch + 1, -1
-            self._plan(epoch)
-        return self._shards[self._windows[number + 1] : self._windows[number + 2]].tolist()
+    def end_of(self, window: tuple[int, int]) -> int:
+        """The first sample of the stream after a window."""
+        epoch, number = window
+        self._plan(epoch)
+        return epoch * self.num_samples + int(self._window_starts[number + 1])
+
+    def shards_of(self, window: tuple[int, int]) -> list[int]:
+        epoch, number = window
+        self._plan(epoch)
+        return self._shards[self._windows[number] : self._windows[number + 1]].tolist()
 
     def _plan(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -123,7 +124,7 @@ class EpochBatches(Sampler[list[SampleId]]):
 
     Each batch is cut into num_accumulated * num_ranks equal parts, in order; micro-batch a of rank r is part
     a * num_ranks + r. Whatever the share, together they are the same batch. Raises UserError where it cannot be cut so.
-    `announce` hears of the shards of the window to come, once in each window.
+    `announce` hears of the shards of a window and of the next before the first of its batches.
     """
 
     def __init__(
@@ -149,13 +150,20 @@ class EpochBatches(Sampler[list[SampleId]]):
         announced = None
         for step in range(self.start_step, self.total_steps):
             start = step * self.batch_size
-            batch = self.order.take(start, self.batch_size)
             if self.announce and (window := self.order.window_of(start)) != announced:
-                self.announce(self.order.shards_after(start))
+                self.announce(self._shards_from(window))
                 announced = window
+            batch = self.order.take(start, self.batch_size)
             for number in range(num_accumulated):
                 first = (number * num_ranks + rank) * self.part_size
                 yield batch[first : first + self.part_size]
+
+    def _shards_from(self, window: tuple[int, int]) -> list[int]:
+        """Those of a window, then those of the next if the training comes to it."""
+        shards, end = self.order.shards_of(window), self.order.end_of(window)
+        if end < self.total_steps * self.batch_size:
+            shards += self.order.shards_of(self.order.window_of(end))
+        return shards
 
 
 def total_steps(num_samples: int, batch_size: int, epochs: int) -> int:

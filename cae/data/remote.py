@@ -6,7 +6,9 @@ the order (cae.data.order) and the next, so a larger set is fetched once an epoc
 
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,27 +103,49 @@ class FetchAhead:
         self._sender: Connection | None = None
 
     def __call__(self, numbers: Sequence[int]) -> None:
-        """These shards next, by their place among all, where they are not there yet; returns at once."""
-        missing = [self.infos[number] for number in numbers if not self.cache.has(self.infos[number])]
-        if not missing:
-            return
+        """These shards next, by their place among all, in this order; returns at once."""
+        try:
+            self._start().send(numbers)
+        except OSError as error:
+            # The loader fetches what it needs itself.
+            logger.warning(
+                "the process that fetches shards ahead is gone (%s); the next window starts another", error.strerror
+            )
+            self._sender = None
+
+    def _start(self) -> Connection:
         if self._sender is None:
             context = multiprocessing.get_context("spawn")
             receiver, self._sender = context.Pipe(duplex=False)
-            context.Process(target=_fetch_ahead, args=(self.cache, receiver), name="fetch-ahead", daemon=True).start()
+            arguments = self.cache, self.infos, receiver, os.getpid()
+            context.Process(target=_fetch_ahead, args=arguments, name="fetch-ahead", daemon=True).start()
             receiver.close()
-        self._sender.send(missing)
+        return self._sender
 
 
-def _fetch_ahead(cache: ShardCache, receiver: Connection) -> None:
-    """Until the sender is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _fetch_ahead(cache: ShardCache, infos: Sequence[ShardInfo], receiver: Connection, parent: int) -> None:
+    """Until the sender or the process `parent` is gone."""
+    # A signal to the group lets the trainer finish and save; SIGTERM is also how a process ends its daemons.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+    def fetch_one(number: int) -> None:
+        try:
+            # One that is there is used again soon, which `open` notes.
+            cache.open(infos[number]).close()
+        except Exception as error:
+            logger.warning("%s: not fetched ahead (%s)", infos[number].file, error)
+
     with ThreadPoolExecutor(NUM_STREAMS) as pool, suppress(EOFError):
         while True:
-            for fetched in [pool.submit(cache.open, info) for info in receiver.recv()]:
-                # A loader worker will meet the same fault and end the training with it.
-                with suppress(UserError):
-                    fetched.result()
+            list(pool.map(fetch_one, receiver.recv()))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
 
 
 def open_shards(folder: Path, split: Split, cache: Path) -> ImageShards:

@@ -31,6 +31,8 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
         _warn(reason)
         return
     torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    # A block already is the unit in which DDP exchanges while others compute; it need not be cut further.
+    torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
 

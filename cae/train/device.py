@@ -62,7 +62,8 @@ def _gains_by_bf16(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Have malloc keep what a step frees for the next one; where the C library is not glibc nothing happens.
 
-    It otherwise gives most of it back to the system, which clears every page again before its next use.
+    It otherwise gives most of it back to the system, which clears every page again before its next use. It holds for
+    the whole process and those forked from it: a loader worker keeps the memory of its largest image.
     """
     if sys.platform != "linux":
         return

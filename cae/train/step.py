@@ -102,7 +102,7 @@ class TrainStep:
             drop_path.factors = row
 
     def _without_exchange(self, number: int) -> "nullcontext[None]":
-        """Gradients are exchanged once a step, with the last micro-batch."""
+        """Under DDP gradients are exchanged once a step. FSDP keeps parts of them and exchanges every micro-batch."""
         if isinstance(self.forward, DistributedDataParallel) and number < self.accumulate - 1:
             return self.forward.no_sync()  # type: ignore[return-value]
         return nullcontext()

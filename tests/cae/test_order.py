@@ -110,17 +110,20 @@ def test_a_shard_larger_than_the_window_is_a_window_of_its_own() -> None:
     assert sorted(order) == list(range(56))
 
 
-def test_the_shards_of_each_window_are_announced_during_the_one_before() -> None:
-    order = SampleOrder([4, 6, 3, 7, 5, 5, 8], 0, window=10)
+@pytest.mark.parametrize("window", [10, 100])
+def test_the_shards_of_a_window_and_of_the_next_are_announced_before_its_first_batch(window: int) -> None:
+    order = SampleOrder([4, 6, 3, 7, 5, 5, 8], 0, window=window)
     announced: list[list[int]] = []
-    num_steps = 3 * order.num_samples // 2
-    samples = chain.from_iterable(EpochBatches(order, 2, 0, num_steps, announce=announced.append))
     shards_of_windows: dict[tuple[int, int], set[int]] = {}
-    for number, sample in enumerate(samples):
+    batches = EpochBatches(order, 2, 0, 3 * order.num_samples // 2, announce=announced.append)
+    for number, sample in enumerate(chain.from_iterable(batches)):
         shard = int(np.searchsorted(order.starts, sample.position, side="right")) - 1
         shards_of_windows.setdefault(order.window_of(number), set()).add(shard)
-    assert len(shards_of_windows) > 9
-    assert [set(shards) for shards in announced[:-1]] == list(shards_of_windows.values())[1:]
+        assert shard in announced[-1]
+    shards = list(shards_of_windows.values())
+    assert len(shards) == (3 if window == 100 else len(announced)) > 2
+    # Nothing is announced that the training does not come to.
+    assert [set(numbers) for numbers in announced] == [a | b for a, b in zip(shards, [*shards[1:], set()], strict=True)]
 
 
 def test_steps_are_counted_up_to_the_last_sample() -> None:

@@ -3,10 +3,13 @@
 import functools
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from cae.data.shards import ImageShards, Index, Picture, file_sha256
 from cae.data.transforms import to_array
 from cae.errors import UserError
 from tests.cae.test_data import NUM_IMAGES, write_folder
+from tests.pipeline.command import environment, is_running
+from tests.tiny import ROOT
 
 NO_LIMIT = 10**9
 
@@ -100,26 +105,81 @@ def test_two_epochs_over_http_are_those_of_the_disk(
     assert sorted(asked) == [f"/{info.file}" for info in near.infos]
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def fetching_process() -> BaseProcess:
+    (process,) = [child for child in multiprocessing.active_children() if child.name == "fetch-ahead"]
+    return process
+
+
 def test_shards_are_fetched_ahead_and_a_fault_is_left_to_the_loader(
-    tmp_path: Path, local: Path, url: str, asked: list[str]
+    tmp_path: Path, local: Path, url: str, asked: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     away = open_shards(index_only(local, tmp_path / "away", url), "train", tmp_path / "cache")
     first, missing, *others = away.infos
     (local / missing.file).unlink()
     away.files.open(first)
     ahead = FetchAhead(away)
-    ahead(list(range(len(away.infos))))
-    deadline = time.monotonic() + 60
-    while not all(away.files.has(info) for info in others):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    everything = list(range(len(away.infos)))
+    ahead(everything)
+    wait_for(lambda: all(away.files.has(info) for info in others))
     assert not away.files.has(missing)
     assert asked.count(f"/{first.file}") == 1
-    (process,) = [child for child in multiprocessing.active_children() if child.name == "fetch-ahead"]
+    # It is killed, and the training goes on: the loss is noticed, then another takes its place.
+    fetching_process().kill()
+    (local / missing.file).write_bytes(b"")
+    wait_for(lambda: not multiprocessing.active_children())
+    ahead(everything)
+    ahead(everything)
+    assert "is gone" in caplog.text
+    process = fetching_process()
     del ahead
     gc.collect()
     process.join(60)
     assert process.exitcode == 0
+
+
+ORPHANED = """
+import os, sys
+from pathlib import Path
+from cae.data.remote import FetchAhead, open_shards
+
+if __name__ == "__main__":
+    FetchAhead(open_shards(Path(sys.argv[1]), "train", Path(sys.argv[2])))([0, 1])
+    import multiprocessing, signal, time
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_fetches_ahead_ends_with_its_killed_parent_in_the_middle_of_a_file(tmp_path: Path, local: Path) -> None:
+    asked = threading.Event()
+
+    class Silent(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            time.sleep(30)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    away = index_only(local, tmp_path / "away", f"http://127.0.0.1:{server.server_port}")
+    script = tmp_path / "orphaned.py"
+    script.write_text(ORPHANED)
+    command = [sys.executable, str(script), str(away), str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as parent:
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        assert asked.wait(60)
+        parent.kill()
+        wait_for(lambda: not is_running(child))
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])

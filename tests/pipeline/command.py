@@ -20,3 +20,11 @@ def cae_pipe(*arguments: str, cwd: Path, **variables: str) -> "subprocess.Comple
     return subprocess.run(
         [PROGRAM, *arguments], cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=300
     )
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there and no zombie, which a container without an init keeps."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -16,7 +16,7 @@ from cae.errors import UserError
 from cae.train.signals import STOP_SIGNALS
 from pipeline import launch
 from pipeline.launch import Machines
-from tests.pipeline.command import environment
+from tests.pipeline.command import environment, is_running
 from tests.serving.running_server import free_port
 from tests.tiny import ROOT, shipped_params
 
@@ -57,14 +57,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def is_running(process: int) -> bool:
-    """Whether it is there and no zombie, which a container without an init keeps."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def outcome(process: "subprocess.Popen[str]") -> tuple[int, str]:
