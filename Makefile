@@ -35,8 +35,8 @@ repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
 test: $(STAMP)  ## run the tests
 	pytest
 
-soak: $(STAMP)  ## run the hard tests in full: the server under attack, twenty kills of a training (some minutes; `make test` has a sample of each)
-	CAE_SOAK=1 pytest tests/serving/soak tests/e2e/test_kills.py -v -o log_cli=true -o log_cli_level=INFO
+soak: $(STAMP)  ## run the hard tests in full: the server under attack, twenty kills of a training, compiling on two processes (some minutes; `make test` has a sample)
+	CAE_SOAK=1 pytest tests/serving/soak tests/e2e/test_kills.py tests/cae/test_parallel.py -v -o log_cli=true -o log_cli_level=INFO
 
 lint: $(STAMP)  ## ruff, mypy and the import contracts
 	ruff check .

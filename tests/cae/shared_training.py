@@ -43,6 +43,7 @@ def global_batch(step: int) -> Batch:
 
 
 def main(folder: Path, parallel: str, accumulate: int, kill_after: int) -> None:
+    parallel, _, compiled = parallel.partition(" ")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     architecture = Architecture(
@@ -63,7 +64,11 @@ def main(folder: Path, parallel: str, accumulate: int, kill_after: int) -> None:
     runtime = parse_params(
         with_values(
             shipped_params(),
-            {"runtime.parallel": parallel, "runtime.activation_checkpointing": parallel == "fsdp"},
+            {
+                "runtime.parallel": parallel,
+                "runtime.activation_checkpointing": parallel == "fsdp",
+                "runtime.compile": bool(compiled),
+            },
         )
     ).runtime
     ranks = Ranks.from_environment()

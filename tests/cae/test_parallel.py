@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from cae.train.compile import missing_compiler
 from tests.serving.running_server import free_port
 from tests.tiny import ROOT
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 KEYS = ("loss", "decoding_loss", "alignment_loss", "grad_norm")
 
 
@@ -82,7 +83,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("shared") / "alone", 1)
 
 
-@pytest.mark.parametrize(("num_processes", "parallel", "accumulate"), [(1, "ddp", 4), (2, "ddp", 1), (2, "fsdp", 2)])
+slow = pytest.mark.skipif(
+    not os.environ.get("CAE_SOAK") or missing_compiler("cpu") is not None,
+    reason="compiles for minutes, where there is a C++ compiler; `make soak` asks for it",
+)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "parallel", "accumulate"),
+    [
+        (1, "ddp", 4),
+        (2, "ddp", 1),
+        (2, "fsdp", 2),
+        pytest.param(2, "ddp compiled", 1, marks=slow),
+        pytest.param(2, "fsdp compiled", 2, marks=slow),
+    ],
+)
 def test_the_same_batch_has_the_same_losses_however_it_is_shared(
     tmp_path: Path, alone: Path, num_processes: int, parallel: str, accumulate: int
 ) -> None:
