@@ -243,6 +243,8 @@ def test_ctrl_c_has_its_code(tmp_path: Path, bundle: Path) -> None:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs with Ctrl-C ignored, these tests among them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Opens as soon as the command reads the image, and then lets it wait.
     with slow.open("wb"):
