@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def first_row(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n"]:
         """Attention weights of the first token (the class token) over all tokens, per head."""
-        query, key, _ = map(self._heads, self._project(x).chunk(3, dim=-1))
+        query, key, _ = self._all_heads(self._project(x))
         bias = self.relative_position.get_bias()[:, :, :1] if self.relative_position else None
         return _weights(query[:, :, :1], key, bias).squeeze(2)
 
@@ -94,13 +94,17 @@ class Attention(nn.Module):
         first = projected[0]
         if bias is None and first.device.type == "cpu" and first.dtype == torch.bfloat16:
             return attention(self.num_heads, *projected)
-        query, key, value = map(self._heads, projected if len(projected) == 3 else first.chunk(3, dim=-1))
+        query, key, value = self._all_heads(*projected)
         if bias is None:
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
             # Fused attention with a bias is no graph that torch 2.15 can export.
             mixed = _weights(query, key, bias) @ value
         return mixed.transpose(1, 2).flatten(2)
+
+    def _all_heads(self, *projected: Float[Tensor, "b n d"]) -> list[Float[Tensor, "b h n e"]]:
+        """Of query, key and value as `_attend` takes them."""
+        return [self._heads(part) for part in (projected if len(projected) == 3 else projected[0].chunk(3, dim=-1))]
 
     def _heads(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n e"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -29,18 +29,13 @@ def _cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, classes: Tensor) -> 
 
 
 def _attention(self: Attention, *projected: Tensor, bias: Tensor | None = None) -> Tensor:
-    query, key, value = _heads(self, projected)
+    query, key, value = self._all_heads(*projected)
     return (_weights(query, key, bias) @ value).transpose(1, 2).flatten(2)
 
 
 def _fused_attention(self: Attention, *projected: Tensor, bias: Tensor | None = None) -> Tensor:
-    query, key, value = _heads(self, projected)
+    query, key, value = self._all_heads(*projected)
     return F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
-
-
-def _heads(attention: Attention, projected: tuple[Tensor, ...]) -> list[Tensor]:
-    parts = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
-    return [attention._heads(part) for part in parts]
 
 
 def _loop_adamw(*arguments: Any, **options: Any) -> AdamW:

@@ -52,6 +52,7 @@ class TrainStep:
         self.clip_grad, self.accumulate, self.seed, self.skipped = clip_grad, accumulate, seed, skipped
         self.parameters = list(module.parameters())
         self.drop_paths = [child for child in module.modules() if isinstance(child, DropPath) and child.drops]
+        self.drop_rates = torch.tensor([[drop_path.rate] for drop_path in self.drop_paths])
         self.ranks = Ranks.from_environment()
         if hardware.device.type == "cpu":
             keep_freed_memory()
@@ -95,8 +96,7 @@ class TrainStep:
             return
         rng = np.random.default_rng([self.seed, step])
         drawn = torch.from_numpy(rng.random((len(self.drop_paths), size * num_parts), dtype=np.float32))
-        rates = torch.tensor([[drop_path.rate] for drop_path in self.drop_paths])
-        factors = keep_factors(drawn[:, part * size : (part + 1) * size], rates)
+        factors = keep_factors(drawn[:, part * size : (part + 1) * size], self.drop_rates)
         factors = factors.to(self.hardware.device, non_blocking=True)
         for drop_path, row in zip(self.drop_paths, factors, strict=True):
             drop_path.factors = row

@@ -328,6 +328,14 @@ def test_attention_follows_its_equations_in_both_precisions(dtype: torch.dtype, 
         assert (ours.double() - expected).norm() / expected.norm() < tolerance
 
 
+def test_attention_in_bf16_on_a_cpu_agrees_with_the_fused_kernel() -> None:
+    attention = Attention(32, 4)
+    projected = [torch.randn(2, 9, 32, dtype=torch.bfloat16) for _ in range(3)]
+    fused = F.scaled_dot_product_attention(*attention._all_heads(*projected))
+    expected = fused.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention._attend(*projected), expected, rtol=2e-2, atol=2e-2)
+
+
 def test_visible_representations_are_the_same_for_every_regressor_block(make_case: MakeCase) -> None:
     case = make_case()
     seen = []

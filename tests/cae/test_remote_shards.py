@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +28,7 @@ from cae.errors import UserError
 from tests.cae.test_data import NUM_IMAGES, write_folder
 from tests.pipeline.command import environment, is_running
 from tests.tiny import ROOT
+from tests.waiting import wait_for
 
 NO_LIMIT = 10**9
 
@@ -103,13 +104,6 @@ def test_two_epochs_over_http_are_those_of_the_disk(
         assert torch.equal(got, expected)
     # Whoever fetches it, a shard is fetched once.
     assert sorted(asked) == [f"/{info.file}" for info in near.infos]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def fetching_process() -> BaseProcess:

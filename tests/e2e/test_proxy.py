@@ -22,6 +22,7 @@ from serving.settings import Settings
 from tests.e2e.fleet import Fleet, fleet
 from tests.serving.http_answers import NPY, array, encoded, refused
 from tests.serving.tiny_bundle import expected_features, write_tiny_bundle
+from tests.waiting import wait_for
 
 NUM_CALLERS = 8
 MAX_BODY_BYTES = Settings.model_fields["max_body_bytes"].default
@@ -272,13 +273,6 @@ def test_a_caller_who_takes_no_answer_holds_no_room_in_a_replica(tmp_path: Path)
                 wait_for(lambda: replica.sample('cae_images_total{call="embed"}') >= 64, 60)
                 # Before anybody loses patience, after 30 s.
                 wait_for(lambda: replica.sample('cae_admitted_bytes{call="embed"}') == 0, 15)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def form_of_many(count: int, side_px: int) -> bytes:

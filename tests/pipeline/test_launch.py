@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pipeline.launch import Machines
 from tests.pipeline.command import environment, is_running
 from tests.serving.running_server import free_port
 from tests.tiny import ROOT, shipped_params
+from tests.waiting import wait_for
 
 # Far more than it takes, and far less than a rank that is never ended.
 PATIENCE_S = 60
@@ -50,13 +50,6 @@ def ranks_at_work(folder: Path, number: int = 2) -> list[int]:
     files = [folder / f"rank-{rank}" for rank in range(number)]
     wait_for(lambda: all(file.exists() for file in files))
     return [int(file.read_text().split()[0]) for file in files]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def outcome(process: "subprocess.Popen[str]") -> tuple[int, str]:
