@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draws reconstruction.png from the bundle that `make repro` made: three validation digits, half of their patches hidden.
+# Draws reconstruction.png from the bundle that `make repro` made: three validation digits, three quarters of their patches hidden.
 # The first of them is digit.png, which README's examples send.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
