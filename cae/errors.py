@@ -27,6 +27,14 @@ class Interrupted(Exception):  # noqa: N818 (being asked to stop is no error)
 
     def __init__(self, signal_number: int, step: int, saved: bool) -> None:
         outcome = "which is saved; run again to go on from there" if saved else "and starts anew when run again"
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}, {outcome}")
+        super().__init__(f"stopped by {signal_name(signal_number)} after step {step}, {outcome}")
         # As a shell reports a process that the signal ended.
         self.exit_code = 128 + signal_number
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGKILL; real-time signals have only numbers."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,5 +1,6 @@
 """The gate of the encoder's variants: what they change on real images, held against `export.gate`."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ def missed(verdict: Verdict, config: GateConfig) -> list[str]:
         for kind, threshold in thresholds.items():
             if not values[kind] >= threshold:
                 word, key = words[kind]
-                said.append(f"{word} cosine of {output} {values[kind]:.4f} (export.gate.{key} asks {threshold})")
+                # Rounded down, so that it cannot read as the threshold.
+                value = math.floor(values[kind] * 10_000) / 10_000
+                said.append(f"{word} cosine of {output} {value:.4f} (export.gate.{key} asks {threshold})")
     for probe, change in (("kNN", verdict.knn_top1_change), ("linear probe", verdict.linear_top1_change)):
         if change is not None and not change >= -config.max_top1_drop:
             said.append(f"top-1 of the {probe} {change:+.4f} (export.gate.max_top1_drop allows {config.max_top1_drop})")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from cae.config import RuntimeConfig
-from cae.errors import UserError
+from cae.errors import UserError, signal_name
 from cae.train.signals import STOP_SIGNALS
 from pipeline.exit_codes import ExitCode
 from serving.machine import available_cpus
@@ -186,9 +186,7 @@ def _report(failures: "Mapping[int, ProcessFailure]", machines: Machines, logs: 
     if cause.exitcode > ExitCode.UNEXPECTED:
         # The rank itself has said what was wrong, or that it was asked to stop.
         return cause.exitcode
-    how = (
-        f"was ended by {_signal_name(-cause.exitcode)}" if cause.exitcode < 0 else f"failed with code {cause.exitcode}"
-    )
+    how = f"was ended by {signal_name(-cause.exitcode)}" if cause.exitcode < 0 else f"failed with code {cause.exitcode}"
     if cause.exitcode == -signal.SIGKILL:
         how += " (by somebody, or by the system for want of memory)"
     others = "" if machines.num_machines == 1 else " Machines that only lost it say so; look at the output of each."
@@ -217,13 +215,6 @@ def _tail(logs: Path, local_rank: int) -> str:
     """The last lines that a rank wrote to stderr; the agent makes a folder for each start, and there is one."""
     written = [file.read_text(errors="replace") for file in logs.glob(f"*/*/{local_rank}/stderr.log")]
     return "\n".join("".join(written).rstrip().splitlines()[-TAIL_LINES:])
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _report_missing(machines: Machines, reason: str) -> int:

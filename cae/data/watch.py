@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from cae.data.shards import ImageShards
-from cae.errors import UserError, WorkerDied
+from cae.errors import UserError, WorkerDied, signal_name
 
 NOTHING = -1
 ADVICE = {
@@ -82,7 +82,7 @@ class WatchedLoader(Iterable[dict[str, Tensor]]):
             if worker.is_alive() or not worker.exitcode:
                 continue
             code = worker.exitcode
-            how = _signal_name(-code) if code < 0 else f"code {code}"
+            how = signal_name(-code) if code < 0 else f"code {code}"
             advice = ADVICE.get(-code, OTHER_ADVICE)
             # The others may wait for a lock that the dead one held.
             self.kill_workers()
@@ -133,10 +133,3 @@ def _kill_all_workers() -> None:
     for worker in _workers:
         if worker.is_alive():
             worker.kill()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -115,8 +115,8 @@ def test_four_times_what_is_admitted_is_answered_or_refused(tmp_path: Path) -> N
     assert max(admitted) <= limit, report
     assert max(memory) - memory[0] < 30, report
     # Seconds are in the report: they vary with the speed of the machine, of which the callers take a part.
-    # Some were answered earlier than their caller, one of many threads, came to see it.
-    assert np.quantile(overtaken, 0.99) <= 1.1 * limit, report
+    # Three requests at most were answered earlier than their callers, threads of one process, came to see it.
+    assert np.quantile(overtaken, 0.99) <= limit + 3 * 4, report
 
 
 def timed(server: Server, call: Call) -> float:
