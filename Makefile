@@ -32,8 +32,12 @@ repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
 	dvc repro
 	@cae-pipe results
 
+# Its processes share the first two folders file by file. What the others do would be disturbed: load, kills, real pages.
+TOGETHER := tests/cae tests/pipeline
+
 test: $(STAMP)  ## run the tests
-	pytest
+	pytest -n logical --maxprocesses 4 --dist loadfile $(TOGETHER)
+	pytest $(addprefix --ignore=,$(TOGETHER))
 
 soak: $(STAMP)  ## run the hard tests in full: the server under attack, twenty kills of a training, compiling on two processes (some minutes; `make test` has a sample)
 	CAE_SOAK=1 pytest tests/serving/soak tests/e2e/test_kills.py tests/cae/test_parallel.py -v -o log_cli=true -o log_cli_level=INFO
