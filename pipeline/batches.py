@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae.config import ModelConfig, Params
+from cae.config import ModelConfig
 from cae.data.loader import Batch, EvalDataset, TrainDataset, Transform, eval_loader, train_loader
 from cae.data.order import EpochBatches, SampleOrder, Share, part_size
 from cae.data.remote import FetchAhead, ShardCache
@@ -15,7 +15,6 @@ from cae.masking import MaskSampler
 from cae.train.device import Hardware
 from cae.train.loop import BatchSource
 from cae.train.parallel import Ranks
-from cae.train.skipping import KeysOf
 from cae.weights import Trained
 from pipeline.workspace import Workspace
 from serving.preprocess import Preprocessing, prepare
@@ -55,18 +54,6 @@ def train_batches(
         return train_loader(dataset, batches, params.runtime.num_workers, hardware.device)
 
     return from_step
-
-
-def own_share(params: Params) -> Share:
-    """What this process takes of every batch of a training that all processes share."""
-    ranks = Ranks.from_environment()
-    return Share(ranks.rank, ranks.count, params.runtime.accumulate_steps)
-
-
-def training_keys(workspace: Workspace) -> KeysOf:
-    """Where training images came from, by their positions in the shards."""
-    shards = workspace.shards("train")
-    return lambda positions: [shards.key(position) for position in positions.tolist()]
 
 
 def evaluation_batches(

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from cae.config import FinetuneConfig
 from cae.data.loader import Batch
-from cae.data.order import total_steps
 from cae.data.transforms import FinetuneTransform, seeded
 from cae.heads import Classifier
 from cae.model import AnyEncoder
 from cae.normalization import Normalize
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
-from cae.train.loop import RunFolder, Training
-from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.loop import RunFolder
+from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks, checkpoint_activations
 from cae.weights import Trained, describe, for_finetuning, save_trained
-from pipeline.batches import evaluation_batches, own_share, train_batches, training_keys, unit_range
+from pipeline.batches import evaluation_batches, unit_range
 from pipeline.checkpoints import load_for_data, preprocessing_of
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.scores import Scores, skip_without_labels
+from pipeline.training import stage_training
 from pipeline.workspace import Workspace, published
 
 # Folder of the baseline's run, in that of the other.
@@ -99,30 +99,16 @@ def train(
     step = LabelledStep(model, config, normalize, num_classes, params.seed)
     if params.runtime.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = adamw(model, config, config.layer_decay)
-    num_train = index.count["train"]
-    num_steps = total_steps(num_train, config.batch_size, config.epochs)
-    efficiency = Training(
+    efficiency = stage_training(
+        workspace,
+        config,
+        hardware,
         name="finetune from random weights" if folder.path.name == RANDOM_INIT else "finetune",
         module=model,
         step=step,
-        optimizer=optimizer,
-        schedule=cosine_schedule(optimizer, config, num_train),
-        total_steps=num_steps,
-        batches=train_batches(
-            workspace,
-            FinetuneTransform(trained.architecture.size_px, config, index.mean),
-            batch_size=config.batch_size,
-            total_steps=num_steps,
-            share=own_share(params),
-            hardware=hardware,
-        ),
-        hardware=hardware,
-        seed=params.seed,
-        accumulate_steps=params.runtime.accumulate_steps,
-        max_skipped_steps=params.runtime.max_skipped_steps,
+        optimizer=adamw(model, config, config.layer_decay),
+        transform=FinetuneTransform(trained.architecture.size_px, config, index.mean),
         sink=sink,
-        keys_of=training_keys(workspace),
     ).run(folder)
     scores = Scores()
     if not Ranks.from_environment().leads:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cae.config import Params
 from cae.data.loader import Batch
-from cae.data.order import steps_in, total_steps
+from cae.data.order import steps_in
 from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
@@ -19,23 +19,20 @@ from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
 from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
-from cae.train.loop import Training
-from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks, share_out, whole_state
 from cae.weights import describe, load_trained, save_trained
 from pipeline.batches import (
     draw_masks,
     evaluation_batches,
-    own_share,
     second_view_px,
-    train_batches,
-    training_keys,
     unit_range,
     view_for_target,
 )
 from pipeline.live import curves
 from pipeline.runs import run_folder
 from pipeline.start_from import fitting, load_parts
+from pipeline.training import stage_training
 from pipeline.workspace import Workspace, published
 
 # Every run of docs/small-scale.md dips early on. After a third of the steps all that learn tokens stay at 0.1 or more
@@ -121,35 +118,23 @@ def run(workspace: Workspace) -> None:
     warmup_steps = steps_in(config.alignment_warmup_epochs, num_train, config.batch_size)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
     masks = mask_sampler(params)
-    optimizer = adamw(model, config)
-    num_steps = total_steps(num_train, config.batch_size, config.epochs)
     folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
     with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
-        efficiency = Training(
+        training = stage_training(
+            workspace,
+            config,
+            hardware,
             name="pretrain",
             module=model,
             step=objective,
-            optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config, num_train),
-            total_steps=num_steps,
-            batches=train_batches(
-                workspace,
-                training_transform(params, target),
-                batch_size=config.batch_size,
-                total_steps=num_steps,
-                share=own_share(params),
-                hardware=hardware,
-            ),
-            hardware=hardware,
-            seed=params.seed,
-            accumulate_steps=params.runtime.accumulate_steps,
-            max_skipped_steps=params.runtime.max_skipped_steps,
-            clip_grad=config.clip_grad,
-            log_every_steps=config.log_every_steps,
+            optimizer=adamw(model, config),
+            transform=training_transform(params, target),
             sink=sink,
-            keys_of=training_keys(workspace),
-            alarms=(collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * num_steps))),),
-        ).run(folder)
+        )
+        training.clip_grad = config.clip_grad
+        training.log_every_steps = config.log_every_steps
+        training.alarms = (collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * training.total_steps))),)
+        efficiency = training.run(folder)
     state = whole_state(model)
     if not Ranks.from_environment().leads:
         return

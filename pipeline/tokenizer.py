@@ -24,22 +24,19 @@ from cae.targets.tokens import perplexity
 from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
-from cae.train.loop import Training
-from cae.train.optimizer import adamw, cosine_schedule
+from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks
 from pipeline import dalle
 from pipeline.batches import (
     evaluation_batches,
     first_images,
-    own_share,
     second_view_px,
-    train_batches,
-    training_keys,
     unit_range,
     view_for_target,
 )
 from pipeline.live import curves
 from pipeline.runs import run_folder
+from pipeline.training import stage_training
 from pipeline.workspace import Workspace, published
 
 # A code chosen for fewer than this share of its fair part of the patches counts as dead.
@@ -104,7 +101,6 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
     num_train = index.count["train"]
     per_epoch = steps_in(1, num_train, config.batch_size)
     num_steps = total_steps(num_train, config.batch_size, config.epochs)
-    optimizer = adamw(dvae, config)
     usage_images = first_images(workspace, "train", workspace.preprocessing(), USAGE_IMAGES).to(hardware.device)
 
     def restart(step: int) -> None:
@@ -122,30 +118,20 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
 
     folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
     with curves(folder, workspace.curves("tokenizer"), params.runtime.tensorboard) as sink:
-        efficiency = Training(
+        training = stage_training(
+            workspace,
+            config,
+            hardware,
             name="tokenizer",
             module=dvae,
             step=step,
-            optimizer=optimizer,
-            schedule=cosine_schedule(optimizer, config, num_train),
-            total_steps=num_steps,
-            batches=train_batches(
-                workspace,
-                CropTransform(CropFlip(params.model.size_px, config)),
-                batch_size=config.batch_size,
-                total_steps=num_steps,
-                share=own_share(params),
-                hardware=hardware,
-            ),
-            hardware=hardware,
-            seed=params.seed,
-            accumulate_steps=params.runtime.accumulate_steps,
-            max_skipped_steps=params.runtime.max_skipped_steps,
+            optimizer=adamw(dvae, config),
+            transform=CropTransform(CropFlip(params.model.size_px, config)),
             sink=sink,
-            keys_of=training_keys(workspace),
-            before_step=restart,
-            alarms=(collapse_alarm(config, round(RESTART_UNTIL * num_steps)),),
-        ).run(folder)
+        )
+        training.before_step = restart
+        training.alarms = (collapse_alarm(config, round(RESTART_UNTIL * num_steps)),)
+        efficiency = training.run(folder)
     if not Ranks.from_environment().leads:
         return dvae, {}, efficiency
     quality = evaluate(workspace, dvae.eval(), hardware)
