@@ -308,6 +308,20 @@ def test_activation_checkpointing_computes_again_what_it_does_not_keep(
     assert _content(weights[0]) == _content(weights[1])
 
 
+def test_accumulate_steps_changes_the_losses_by_rounding_alone(
+    tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
+) -> None:
+    losses = []
+    for steps in (1, 2):
+        raw = with_values(tiny_params, {"runtime.accumulate_steps": steps, "pretrain.log_every_steps": 1})
+        workspace = on_finished(tmp_path / str(steps), finished, raw, make_workspace)
+        STAGES["pretrain"](workspace)
+        log = next(workspace.scratch.glob("pretrain-*/log.jsonl"))
+        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) > 4
+
+
 def test_max_skipped_steps_ends_a_training_that_diverges(
     tmp_path: Path, finished: Workspace, tiny_params: dict[str, Any], make_workspace: MakeWorkspace
 ) -> None:
