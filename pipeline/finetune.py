@@ -17,7 +17,7 @@ from cae.model import AnyEncoder
 from cae.normalization import Normalize
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
-from cae.train.loop import RunFolder
+from cae.train.loop import RunFolder, Sink, Training
 from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks, checkpoint_activations
 from cae.weights import Trained, describe, for_finetuning, save_trained
@@ -86,36 +86,53 @@ def run(workspace: Workspace) -> None:
 
 
 def train(
-    workspace: Workspace, encoder: AnyEncoder, trained: Trained, folder: RunFolder, sink: Any
+    workspace: Workspace, encoder: AnyEncoder, trained: Trained, folder: RunFolder, sink: Sink | None
 ) -> tuple[Classifier, Scores, Row]:
     """Train a classifier on `encoder` and measure it on the validation images, which rank 0 does alone."""
-    params, index = workspace.params, workspace.index
-    config = params.finetune
+    params = workspace.params
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
+    name = "finetune from random weights" if folder.path.name == RANDOM_INIT else "finetune"
+    training, step = build(workspace, encoder, trained, hardware, name, sink)
+    efficiency = training.run(folder)
+    model, scores = step.model, Scores()
+    if not Ranks.from_environment().leads:
+        return model, scores, efficiency
+    model.eval()
+    batch_size = params.finetune.batch_size
+    with torch.inference_mode():
+        for batch in evaluation_batches(workspace, "val", preprocessing_of(trained), batch_size, hardware):
+            images = step.normalize(unit_range(batch["images"].to(hardware.device)))
+            scores.add(model(images).cpu(), batch["labels"])
+    return model, scores, efficiency
+
+
+def build(
+    workspace: Workspace,
+    encoder: AnyEncoder,
+    trained: Trained,
+    hardware: Hardware,
+    name: str = "finetune",
+    sink: Sink | None = None,
+) -> tuple[Training, LabelledStep]:
+    """The training of a classifier on `encoder`, and its step, with the model on the device."""
+    params, index = workspace.params, workspace.index
+    config = params.finetune
     num_classes = len(index.classes)
     model = Classifier(encoder, trained.architecture.width, num_classes).to(hardware.device)
     normalize = Normalize(trained.normalization).to(hardware.device)
     step = LabelledStep(model, config, normalize, num_classes, params.seed)
     if params.runtime.activation_checkpointing:
         checkpoint_activations(model)
-    efficiency = stage_training(
+    training = stage_training(
         workspace,
         config,
         hardware,
-        name="finetune from random weights" if folder.path.name == RANDOM_INIT else "finetune",
+        name=name,
         module=model,
         step=step,
         optimizer=adamw(model, config, config.layer_decay),
         transform=FinetuneTransform(trained.architecture.size_px, config, index.mean),
         sink=sink,
-    ).run(folder)
-    scores = Scores()
-    if not Ranks.from_environment().leads:
-        return model, scores, efficiency
-    model.eval()
-    with torch.inference_mode():
-        for batch in evaluation_batches(workspace, "val", preprocessing_of(trained), config.batch_size, hardware):
-            images = normalize(unit_range(batch["images"].to(hardware.device)))
-            scores.add(model(images).cpu(), batch["labels"])
-    return model, scores, efficiency
+    )
+    return training, step

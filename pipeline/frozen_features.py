@@ -13,7 +13,6 @@ from cae.data.loader import Batch
 from cae.data.order import EpochBatches, SampleOrder, total_steps
 from cae.heads import LinearHead, knn_predict
 from cae.train.device import Hardware
-from cae.train.log import Row
 from cae.train.loop import BatchSource, Training
 from cae.train.optimizer import cosine_schedule
 from pipeline.scores import Scores, scores_of
@@ -47,7 +46,7 @@ def linear_probe(width: int, num_classes: int, config: HeadConfig) -> tuple[Line
     return head, Lars(head.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
 
 
-def train_head(
+def head_training(
     name: str,
     head: nn.Module,
     optimizer: Optimizer,
@@ -57,8 +56,8 @@ def train_head(
     values: Pool,
     hardware: Hardware,
     seed: int,
-) -> Row:
-    """Train `head` on what `values` makes of a batch; `batches` gives them, whole, for a number of steps."""
+) -> Training:
+    """The training of `head` on what `values` makes of a batch; `batches` gives them, whole, for a number of steps."""
     head.to(hardware.device)
     num_steps = total_steps(num_train, config.batch_size, config.epochs)
 
@@ -75,7 +74,7 @@ def train_head(
         batches=batches(num_steps),
         hardware=hardware,
         seed=seed,
-    ).run()
+    )
 
 
 def head_scores(head: nn.Module, values: Tensor, labels: Tensor, hardware: Hardware) -> Scores:

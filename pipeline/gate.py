@@ -23,10 +23,10 @@ from pipeline.frozen_features import (
     cached_batches,
     class_token,
     head_scores,
+    head_training,
     linear_probe,
     neighbor_scores,
     pooled,
-    train_head,
 )
 from pipeline.workspace import Workspace
 from serving.ort import onnxruntime
@@ -202,7 +202,7 @@ def _accuracies(workspace: Workspace, bank: Features, queries: Features) -> tupl
     linear = _fitting(config.linear, len(bank["labels"]))
     set_reproducible(seed)
     head, optimizer = linear_probe(pool(bank).shape[1], num_classes, linear)
-    train_head(
+    head_training(
         name="gate",
         head=head,
         optimizer=optimizer,
@@ -212,7 +212,7 @@ def _accuracies(workspace: Workspace, bank: Features, queries: Features) -> tupl
         values=pool,
         hardware=hardware,
         seed=seed,
-    )
+    ).run()
     return _rounded(knn.top1), _rounded(head_scores(head, pool(queries), queries["labels"], hardware).top1)
 
 

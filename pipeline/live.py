@@ -1,17 +1,18 @@
 """Training curves by DVCLive and, where they are asked for, by TensorBoard."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvclive import Live
-
 from cae.errors import UserError
 from cae.train.log import Row
 from cae.train.loop import RunFolder, Sink
 from cae.train.parallel import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,23 +26,38 @@ def curves(folder: RunFolder, publish_to: Path, tensorboard: bool) -> Iterator[S
         yield None
         return
     path = folder.path / "dvclive"
-    # No experiment of its own and no files outside its folder: DVC runs the stage already.
-    with (
-        _tensorboard(folder.path / "tensorboard", tensorboard) as to_tensorboard,
-        Live(str(path), resume=False, save_dvc_exp=False, dvcyaml=None) as live,
-    ):
+    with _tensorboard(folder.path / "tensorboard", tensorboard) as to_tensorboard, _dvclive(path) as to_dvclive:
 
         def sink(step: int, row: Row) -> None:
-            live.step = step
             for name, value in row.items():
-                live.log_metric(name, value)
                 to_tensorboard(name, value, step)
-            live.make_summary()
+            to_dvclive(step, row)
 
         yield sink
     shutil.rmtree(publish_to, ignore_errors=True)
     (path / "plots" / "metrics").mkdir(parents=True, exist_ok=True)
     shutil.copytree(path / "plots" / "metrics", publish_to)
+
+
+@contextmanager
+def _dvclive(path: Path) -> Iterator[Sink]:
+    """A sink that draws curves; without DVCLive, one that does nothing."""
+    try:
+        from dvclive import Live
+    except ImportError:
+        logger.warning("DVCLive is not installed, so no curves are drawn; `pip install dvclive` adds it")
+        yield lambda *_: None
+        return
+    # No experiment of its own and no files outside its folder: DVC runs the stage already.
+    with Live(str(path), resume=False, save_dvc_exp=False, dvcyaml=None) as live:
+
+        def sink(step: int, row: Row) -> None:
+            live.step = step
+            for name, value in row.items():
+                live.log_metric(name, value)
+            live.make_summary()
+
+        yield sink
 
 
 @contextmanager

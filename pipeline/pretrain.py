@@ -2,14 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cae.architecture import Architecture
 from cae.config import Params
 from cae.data.loader import Batch
-from cae.data.order import steps_in
+from cae.data.order import steps_in, total_steps
 from cae.data.shards import file_sha256
 from cae.data.transforms import CropFlip, PretrainTransform
 from cae.masking import MaskSampler
@@ -19,9 +20,10 @@ from cae.targets import take
 from cae.targets.files import AnyTarget, load_target
 from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
+from cae.train.loop import Sink, Training
 from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks, share_out, whole_state
-from cae.weights import describe, load_trained, save_trained
+from cae.weights import Trained, describe, load_trained, save_trained
 from pipeline.batches import (
     draw_masks,
     evaluation_batches,
@@ -92,12 +94,51 @@ class Objective:
         return output, self.codes(batch)
 
 
+class Pretraining(NamedTuple):
+    """A pretraining that is ready to run, and what its weights are described by."""
+
+    training: Training
+    objective: Objective
+    architecture: Architecture
+    normalization: Normalization
+    start: Trained | None  # the weights that it starts from
+
+
 def run(workspace: Workspace) -> None:
     """Write `models/pretrain/cae.safetensors`; goes on from the last checkpoint of the same parameters and data."""
     params, index = workspace.params, workspace.index
     config = params.pretrain
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
+    folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
+    with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
+        training, objective, architecture, normalization, start = build(workspace, hardware, sink)
+        efficiency = training.run(folder)
+    state = whole_state(training.module)
+    if not Ranks.from_environment().leads:
+        return
+    objective.model = model = ContextAutoencoder(architecture).to(hardware.device).eval()
+    model.load_state_dict(state)
+    quality = evaluate(workspace, objective, mask_sampler(params), hardware)
+    origin = {
+        "name": params.model.name,
+        "source": index.source,
+        "data_hash": index.hash,
+        "target_sha256": file_sha256(workspace.target),
+        "mask_ratio": config.mask.ratio,
+        # Those that DVC tracks for this stage, no more: others may change without a new run.
+        "params": folder.stamp["params"],
+        **({"started_from": start.origin} if start else {}),
+    }
+    with published(workspace.pretrained) as models:
+        save_trained(models, model, describe(architecture, normalization, params.model.eval_crop, origin))
+    workspace.write_metrics("pretrain", quality, efficiency)
+
+
+def build(workspace: Workspace, hardware: Hardware, sink: Sink | None = None) -> Pretraining:
+    """Model, target and objective on the device, and their training."""
+    params, index = workspace.params, workspace.index
+    config = params.pretrain
     target = load_target(workspace.target)
     target.speed_up()
     architecture = params.architecture(index.channels, target.num_outputs)
@@ -117,43 +158,22 @@ def run(workspace: Workspace) -> None:
     lr_warmup_steps = steps_in(config.warmup_epochs, num_train, config.batch_size)
     warmup_steps = steps_in(config.alignment_warmup_epochs, num_train, config.batch_size)
     objective = Objective(model, target, normalization, config.alignment_weight, warmup_steps).to(hardware.device)
-    masks = mask_sampler(params)
-    folder = run_folder(workspace, "pretrain", config.checkpoint_every_steps)
-    with curves(folder, workspace.curves("pretrain"), params.runtime.tensorboard) as sink:
-        training = stage_training(
-            workspace,
-            config,
-            hardware,
-            name="pretrain",
-            module=model,
-            step=objective,
-            optimizer=adamw(model, config),
-            transform=training_transform(params, target),
-            sink=sink,
-        )
-        training.clip_grad = config.clip_grad
-        training.log_every_steps = config.log_every_steps
-        training.alarms = (collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * training.total_steps))),)
-        efficiency = training.run(folder)
-    state = whole_state(model)
-    if not Ranks.from_environment().leads:
-        return
-    objective.model = model = ContextAutoencoder(architecture).to(hardware.device).eval()
-    model.load_state_dict(state)
-    quality = evaluate(workspace, objective, masks, hardware)
-    origin = {
-        "name": params.model.name,
-        "source": index.source,
-        "data_hash": index.hash,
-        "target_sha256": file_sha256(workspace.target),
-        "mask_ratio": config.mask.ratio,
-        # Those that DVC tracks for this stage, no more: others may change without a new run.
-        "params": folder.stamp["params"],
-        **({"started_from": start.origin} if start else {}),
-    }
-    with published(workspace.pretrained) as models:
-        save_trained(models, model, describe(architecture, normalization, params.model.eval_crop, origin))
-    workspace.write_metrics("pretrain", quality, efficiency)
+    num_steps = total_steps(num_train, config.batch_size, config.epochs)
+    training = stage_training(
+        workspace,
+        config,
+        hardware,
+        name="pretrain",
+        module=model,
+        step=objective,
+        optimizer=adamw(model, config),
+        transform=training_transform(params, target),
+        sink=sink,
+        clip_grad=config.clip_grad,
+        log_every_steps=config.log_every_steps,
+        alarms=(collapse_alarm(max(lr_warmup_steps, round(COLLAPSED_AFTER * num_steps))),),
+    )
+    return Pretraining(training, objective, architecture, normalization, start)
 
 
 def training_transform(params: Params, target: AnyTarget) -> PretrainTransform:

@@ -19,7 +19,7 @@ from cae.model import AnyEncoder
 from cae.storage import save_weights
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
-from cae.train.loop import BatchSource
+from cae.train.loop import BatchSource, Training
 from cae.weights import Trained, random_encoder, trained_encoder
 from pipeline.batches import evaluation_batches, train_batches
 from pipeline.checkpoints import load_for_data, preprocessing_of
@@ -31,11 +31,11 @@ from pipeline.frozen_features import (
     cached_batches,
     class_token,
     head_scores,
+    head_training,
     linear_probe,
     neighbor_scores,
     patches,
     pooled,
-    train_head,
 )
 from pipeline.graphs import EncoderGraph
 from pipeline.runs import shared_folder
@@ -170,7 +170,16 @@ def probe_head(
     workspace: Workspace, frozen: FrozenEncoder, head: nn.Module, optimizer: Optimizer, config: HeadConfig, pool: Pool
 ) -> tuple[Scores, Row]:
     """Train `head` on the frozen features and measure it on the validation images."""
-    efficiency = train_head(
+    efficiency = probe_training(workspace, frozen, head, optimizer, config, pool).run()
+    val = split_features(workspace, frozen, "val")
+    return head_scores(head, pool(val), val["labels"], frozen.hardware), efficiency
+
+
+def probe_training(
+    workspace: Workspace, frozen: FrozenEncoder, head: nn.Module, optimizer: Optimizer, config: HeadConfig, pool: Pool
+) -> Training:
+    """The training of `head` on the frozen features that `pool` picks."""
+    return head_training(
         name=f"probe {frozen.name} {type(head).__name__} {pool.__name__}",
         head=head,
         optimizer=optimizer,
@@ -181,8 +190,6 @@ def probe_head(
         hardware=frozen.hardware,
         seed=workspace.params.seed,
     )
-    val = split_features(workspace, frozen, "val")
-    return head_scores(head, pool(val), val["labels"], frozen.hardware), efficiency
 
 
 def split_features(workspace: Workspace, frozen: FrozenEncoder, split: Split) -> Features:

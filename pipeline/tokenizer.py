@@ -24,6 +24,7 @@ from cae.targets.tokens import perplexity
 from cae.train.alarm import Alarm
 from cae.train.device import Hardware, set_reproducible
 from cae.train.log import Row
+from cae.train.loop import Sink, Training
 from cae.train.optimizer import adamw
 from cae.train.parallel import Ranks
 from pipeline import dalle
@@ -98,7 +99,26 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
     hardware = Hardware.choose(params.runtime)
     set_reproducible(params.seed)
     dvae = build(params, Normalization(index.mean, index.std)).to(hardware.device)
-    num_train = index.count["train"]
+    per_epoch = steps_in(1, index.count["train"], config.batch_size)
+    folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
+    with curves(folder, workspace.curves("tokenizer"), params.runtime.tensorboard) as sink:
+        efficiency = dvae_training(workspace, dvae, hardware, sink).run(folder)
+    if not Ranks.from_environment().leads:
+        return dvae, {}, efficiency
+    quality = evaluate(workspace, dvae.eval(), hardware)
+    if float(quality["perplexity"]) < config.min_perplexity:
+        raise Diverged(
+            f"tokenizer: perplexity {quality['perplexity']:.1f} is below tokenizer.min_perplexity "
+            f"{config.min_perplexity} (usage {quality['usage']:.0%} of {config.vocab_size} codes): the codebook has "
+            "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"
+        )
+    return dvae, quality, efficiency
+
+
+def dvae_training(workspace: Workspace, dvae: Dvae, hardware: Hardware, sink: Sink | None = None) -> Training:
+    """The training of a tokenizer that is on the device."""
+    params, config = workspace.params, workspace.params.tokenizer
+    num_train = workspace.index.count["train"]
     per_epoch = steps_in(1, num_train, config.batch_size)
     num_steps = total_steps(num_train, config.batch_size, config.epochs)
     usage_images = first_images(workspace, "train", workspace.preprocessing(), USAGE_IMAGES).to(hardware.device)
@@ -116,32 +136,19 @@ def _train_dvae(workspace: Workspace, config: TokenizerConfig) -> tuple[Dvae, di
         }
         return loss.reconstruction + config.usage_weight * loss.unused, parts
 
-    folder = run_folder(workspace, "tokenizer", checkpoint_every_steps=per_epoch)
-    with curves(folder, workspace.curves("tokenizer"), params.runtime.tensorboard) as sink:
-        training = stage_training(
-            workspace,
-            config,
-            hardware,
-            name="tokenizer",
-            module=dvae,
-            step=step,
-            optimizer=adamw(dvae, config),
-            transform=CropTransform(CropFlip(params.model.size_px, config)),
-            sink=sink,
-        )
-        training.before_step = restart
-        training.alarms = (collapse_alarm(config, round(RESTART_UNTIL * num_steps)),)
-        efficiency = training.run(folder)
-    if not Ranks.from_environment().leads:
-        return dvae, {}, efficiency
-    quality = evaluate(workspace, dvae.eval(), hardware)
-    if float(quality["perplexity"]) < config.min_perplexity:
-        raise Diverged(
-            f"tokenizer: perplexity {quality['perplexity']:.1f} is below tokenizer.min_perplexity "
-            f"{config.min_perplexity} (usage {quality['usage']:.0%} of {config.vocab_size} codes): the codebook has "
-            "collapsed. Raise tokenizer.usage_weight or tokenizer.epochs, or lower tokenizer.vocab_size"
-        )
-    return dvae, quality, efficiency
+    return stage_training(
+        workspace,
+        config,
+        hardware,
+        name="tokenizer",
+        module=dvae,
+        step=step,
+        optimizer=adamw(dvae, config),
+        transform=CropTransform(CropFlip(params.model.size_px, config)),
+        sink=sink,
+        alarms=(collapse_alarm(config, round(RESTART_UNTIL * num_steps)),),
+        before_step=restart,
+    )
 
 
 def build(params: Params, normalization: Normalization) -> Dvae:

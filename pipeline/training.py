@@ -1,11 +1,14 @@
 """A training of a stage: what follows from the parameters and from the prepared images."""
 
+from collections.abc import Callable
+
 from torch import nn
 from torch.optim import Optimizer
 
 from cae.config import OptimizationConfig
 from cae.data.loader import Transform
 from cae.data.order import Share, total_steps
+from cae.train.alarm import Alarm
 from cae.train.device import Hardware
 from cae.train.loop import Sink, Training
 from cae.train.optimizer import cosine_schedule
@@ -26,6 +29,10 @@ def stage_training(
     optimizer: Optimizer,
     transform: Transform,
     sink: Sink | None,
+    clip_grad: float | None = None,
+    log_every_steps: int = Training.log_every_steps,
+    alarms: tuple[Alarm, ...] = (),
+    before_step: Callable[[int], None] | None = None,
 ) -> Training:
     """This process's share of a training on the prepared images, for the epochs of the stage's section `config`.
 
@@ -55,6 +62,10 @@ def stage_training(
         seed=params.seed,
         accumulate_steps=params.runtime.accumulate_steps,
         max_skipped_steps=params.runtime.max_skipped_steps,
+        clip_grad=clip_grad,
+        log_every_steps=log_every_steps,
+        alarms=alarms,
+        before_step=before_step,
         sink=sink,
         keys_of=lambda positions: [shards.key(position) for position in positions.tolist()],
     )

@@ -88,7 +88,18 @@ class Training:
             self.keys_of,
         )
         start = self._restore(store, folder, skipped)
-        update = TrainStep(
+        update = self.train_step(skipped)
+        log_path = folder.path / "log.jsonl" if folder and ranks.leads else None
+        log = TrainLog(self.name, log_path, self.total_steps, start, self.sink if ranks.leads else None, ranks.leads)
+        self.module.train()
+        try:
+            return _Run(self, update, skipped, log, store, folder).go(start)
+        finally:
+            log.close()
+
+    def train_step(self, skipped: SkippedSteps) -> TrainStep:
+        """The update that `run` does in every step."""
+        return TrainStep(
             self.module,
             self.step,
             self.optimizer,
@@ -99,13 +110,6 @@ class Training:
             seed=self.seed,
             skipped=skipped,
         )
-        log_path = folder.path / "log.jsonl" if folder and ranks.leads else None
-        log = TrainLog(self.name, log_path, self.total_steps, start, self.sink if ranks.leads else None, ranks.leads)
-        self.module.train()
-        try:
-            return _Run(self, update, skipped, log, store, folder).go(start)
-        finally:
-            log.close()
 
     def state(self, step: int, skipped: SkippedSteps, stamp: dict[str, Any]) -> dict[str, Any]:
         """All that a run needs to go on after `step` steps, by parameter names, so for any number of processes.

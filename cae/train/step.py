@@ -77,15 +77,19 @@ class TrainStep:
         return StepResult({**values, "grad_norm": norm}, bad, torch.cat(positions) if positions else None)
 
     def _backward(self, batch: Batch, step: int, number: int) -> dict[str, Tensor]:
+        with self._without_exchange(number):
+            loss, parts = self.loss(batch, step, number)
+            (loss / self.accumulate).backward()
+        return {name: value.detach() / self.accumulate for name, value in {"loss": loss, **parts}.items()}
+
+    def loss(self, batch: Batch, step: int, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of micro-batch `number`, given on the CPU, and the parts of it worth logging."""
         batch = {
             key: value.to(self.hardware.device, non_blocking=True) for key, value in batch.items() if key != "positions"
         }
         self._draw(batch["labels"].shape[0], step, number)
-        with self._without_exchange(number), self.hardware.autocast():
-            loss, parts = self.forward(batch, step)
-        with self._without_exchange(number):
-            (loss / self.accumulate).backward()
-        return {name: value.detach() / self.accumulate for name, value in {"loss": loss, **parts}.items()}
+        with self.hardware.autocast():
+            return self.forward(batch, step)
 
     def _draw(self, size: int, step: int, number: int) -> None:
         """All randomness of a micro-batch by (seed, step, part): a resumed run needs no state of any generator."""
