@@ -1,6 +1,11 @@
-"""Small random DALL-E tokenizers, and files of them as they are published: whole modules of a package `dall_e`."""
+"""Small random DALL-E tokenizers, and files of them as they are published: whole modules of a package `dall_e`.
 
+What the official code gives for one of them is in tests/data/dalle_tokenizer.json.
+"""
+
+import json
 import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cae.targets.dalle import DalleArchitecture, DalleSizes, DalleTarget
+from tests.official import difference
+
+CASE: dict[str, Any] = json.loads((Path(__file__).parent / "data/dalle_tokenizer.json").read_text())
 
 SMALL = DalleSizes(vocab_size=32, hidden_width=8, code_width=4, num_res_blocks=1)
 States = dict[str, dict[str, Tensor]]
@@ -26,6 +35,48 @@ def small_target(**changes: Any) -> DalleTarget:
         scale = (2 / tensor[0].numel()) ** 0.5 if tensor.dim() == 4 else 0.05
         tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
     return target.eval()
+
+
+def reference_target() -> DalleTarget:
+    """The tokenizer that the official numbers were computed with: a normal draw seeded by the key's CRC."""
+    config = CASE["config"]
+    side = config["hw"] // 8
+    architecture = DalleArchitecture(
+        vocab_size=config["vocab_size"],
+        hidden_width=config["n_hid"],
+        code_width=config["n_init"],
+        num_res_blocks=config["n_blk_per_group"],
+        channels=3,
+        patch_size=8,
+        grid=(side, side),
+        dtype="float32",
+        channels_last=False,
+    )
+    target = DalleTarget(architecture)
+    for module, keys in ((target.encoder, CASE["encoder_keys"]), (target.decoder, CASE["decoder_keys"])):
+        module.load_state_dict({key: _reference_weight(key, shape) for key, shape in keys.items()})
+    return target.eval()
+
+
+def _reference_weight(key: str, shape: list[int]) -> Tensor:
+    values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.05
+    return torch.from_numpy(values * np.float32(scale))
+
+
+@torch.no_grad()
+def official_differences(device: torch.device) -> dict[str, float]:
+    """Largest difference of logits and reconstruction, on a device, to the official code's; share of other tokens."""
+    size = CASE["config"]["hw"]
+    rng = np.random.default_rng(CASE["config"]["seed"])
+    images = torch.from_numpy(rng.random((2, 3, size, size)).astype(np.float32)).to(device)
+    target = reference_target().to(device)
+    tokens = target.encode(images)
+    return {
+        "tokens": float((tokens.flatten().cpu() != torch.tensor(CASE["tokens"])).double().mean()),
+        "logits": difference(target.logits(images), CASE["logits"]),
+        "reconstruction": difference(target.decode(tokens), CASE["reconstruction"]),
+    }
 
 
 def states_of(target: DalleTarget) -> States:

@@ -1,13 +1,24 @@
-"""Checkpoints in the format of the official CAE release, of any size, with weights that the key decides."""
+"""Checkpoints in the format of the official CAE release, of any size, with weights that the key decides.
 
+Its forward pass on them is in tests/data/cae_forward.json; `differences` holds ours against it.
+"""
+
+import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cae.model import ContextAutoencoder, alignment_loss
+from cae.official import from_official
 from cae.positions import sincos_positions
+
+CASES: dict[str, Any] = json.loads((Path(__file__).parent / "data/cae_forward.json").read_text())
+TOLERANCE = 1e-5
 
 # Small, with every part of the large one: two blocks each, a projection, a grid that is not square.
 SMALL = {
@@ -77,6 +88,58 @@ def reference_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     if "norm" in key and key.endswith("weight"):
         values += 1
     return torch.from_numpy(values)
+
+
+def reference_model(config: dict[str, Any]) -> ContextAutoencoder:
+    """The model with the reference weights, by way of the official format."""
+    side = config["img_size"] // config["patch_size"]
+    state = {key: reference_weight(key, shape) for key, shape in official_keys(config).items()}
+    state["rd_pos_embed"] = sincos_positions((side, side), config["predictor_dim"])[None]
+    imported = from_official(state, Path("reference.pth"), config["num_heads"], config["predictor_heads"])
+    assert isinstance(imported.model, ContextAutoencoder)
+    return imported.model
+
+
+@torch.no_grad()
+def differences(case: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Largest difference of each tensor and loss of the forward pass, on a device, to the official code's."""
+    config = case["config"]
+    num_patches = (config["img_size"] // config["patch_size"]) ** 2
+    rng = np.random.default_rng(config["data_seed"])
+    size = (config["batch"], 3, config["img_size"], config["img_size"])
+    images = torch.from_numpy(rng.standard_normal(size).astype(np.float32)).to(device)
+    masked = torch.tensor(case["masked_indices"], device=device)
+    visible = [sorted(set(range(num_patches)) - set(row)) for row in case["masked_indices"]]
+
+    model = reference_model(config).to(device)
+    output = model(images, torch.tensor(visible, device=device), masked)
+    everything = model.encoder(images)
+    labels = torch.tensor(case["labels"], device=device).gather(1, masked)
+    decoding = F.cross_entropy(output.prediction.flatten(0, 1), labels.flatten())
+    alignment = alignment_loss(output.z_m, output.z_m_target)
+
+    tensors = {
+        "logits": output.prediction,
+        "latent_pred": output.z_m,
+        "latent_target": output.z_m_target,
+        "encoder_all_visible": everything,
+    }
+    losses = {
+        "decoding_loss": decoding,
+        "alignment_mse": alignment,
+        "total_loss_lambda2": decoding + 2 * alignment,
+    }
+    return {
+        **{key: difference(ours, case[key]) for key, ours in tensors.items()},
+        **{key: abs(float(loss) - case[key]) for key, loss in losses.items()},
+    }
+
+
+def difference(ours: Tensor, theirs: dict[str, Any]) -> float:
+    """Largest absolute difference to values of which every so many are stored; infinite for another shape."""
+    if list(ours.shape) != theirs["shape"]:
+        return float("inf")
+    return float(np.abs(ours.flatten()[:: theirs["stride"]].cpu().numpy() - np.array(theirs["values"])).max())
 
 
 def official_state(**changes: int) -> dict[str, Tensor]:

@@ -1,14 +1,11 @@
 """The DALL-E tokenizer: the official numbers, the files that it is read from, and the view that it reads."""
 
-import json
 import logging
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,60 +13,32 @@ from torch import Tensor
 
 from cae.errors import UserError
 from cae.targets import hide, reconstruct, take
-from cae.targets.dalle import DalleArchitecture, DalleSizes, DalleTarget, Decoder, Encoder
+from cae.targets.dalle import DalleSizes, DalleTarget, Decoder, Encoder
 from cae.targets.dalle_files import ADDRESSES, read_dalle
 from cae.targets.files import load_target, save_target
-from tests.dalle_files import SMALL, States, dall_e, published, small_target, states_of, write_published
+from tests.dalle_files import (
+    SMALL,
+    States,
+    dall_e,
+    official_differences,
+    published,
+    small_target,
+    states_of,
+    write_published,
+)
+from tests.official import TOLERANCE
 
 logger = logging.getLogger(__name__)
 
 DATA = Path(__file__).parents[1] / "data"
-CASE = json.loads((DATA / "dalle_tokenizer.json").read_text())
-TOLERANCE = 1e-5
 DrawMasks = Callable[..., tuple[Tensor, Tensor]]
 
 
 # The official numbers
 
 
-def reference_weight(key: str, shape: list[int]) -> Tensor:
-    """The weight that the reference numbers were computed with: a normal draw seeded by the key's CRC."""
-    values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-    scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.05
-    return torch.from_numpy(values * np.float32(scale))
-
-
-@pytest.fixture(scope="module")
-def reference() -> DalleTarget:
-    config = CASE["config"]
-    side = config["hw"] // 8
-    architecture = DalleArchitecture(
-        vocab_size=config["vocab_size"],
-        hidden_width=config["n_hid"],
-        code_width=config["n_init"],
-        num_res_blocks=config["n_blk_per_group"],
-        channels=3,
-        patch_size=8,
-        grid=(side, side),
-        dtype="float32",
-        channels_last=False,
-    )
-    target = DalleTarget(architecture)
-    for module, keys in ((target.encoder, CASE["encoder_keys"]), (target.decoder, CASE["decoder_keys"])):
-        module.load_state_dict({key: reference_weight(key, shape) for key, shape in keys.items()})
-    return target.eval()
-
-
-def test_tokens_logits_and_reconstruction_agree_with_the_official_code(reference: DalleTarget) -> None:
-    size = CASE["config"]["hw"]
-    rng = np.random.default_rng(CASE["config"]["seed"])
-    images = torch.from_numpy(rng.random((2, 3, size, size)).astype(np.float32))
-    tokens = reference.encode(images)
-    assert tokens.flatten().tolist() == CASE["tokens"]
-    for key, ours in {"logits": reference.logits(images), "reconstruction": reference.decode(tokens)}.items():
-        theirs = CASE[key]
-        assert list(ours.shape) == theirs["shape"]
-        difference = np.abs(ours.flatten()[:: theirs["stride"]].numpy() - np.array(theirs["values"])).max()
+def test_tokens_logits_and_reconstruction_agree_with_the_official_code() -> None:
+    for key, difference in official_differences(torch.device("cpu")).items():
         logger.info("dalle %s: %.1e", key, difference)
         assert difference < TOLERANCE, key
 

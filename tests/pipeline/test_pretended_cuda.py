@@ -130,5 +130,5 @@ def test_the_pretended_device_refuses_what_a_real_one_would() -> None:
     with pretended_cuda():
         there = torch.ones(2).to("cuda")
         assert (there + there).device == CUDA
-        with pytest.raises(RuntimeError, match="same device|different devices"):
+        with pytest.raises(RuntimeError, match=r"same device|different devices"):
             there + torch.ones(2)
