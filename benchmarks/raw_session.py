@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from serving.machine import available_cpus
 from serving.ort import onnxruntime
 
+CPU = "CPUExecutionProvider"
+
 
 def measure(
     session: onnxruntime.InferenceSession, image: NDArray[np.uint8], batch_size: int, seconds: float
@@ -30,11 +32,17 @@ def measure(
     return {"images_per_s": batch_size * len(times) / sum(times), "p50_ms": 1000 * statistics.median(times)}
 
 
-def main(onnx_file: str, array_file: str) -> None:
+def open_session(onnx_file: str, provider: str = CPU) -> onnxruntime.InferenceSession:
+    """A session on all CPUs of this process, or on a GPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cpus()
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
-    image = np.load(array_file)
+    if provider != CPU:
+        onnxruntime.preload_dlls()
+    return onnxruntime.InferenceSession(onnx_file, options, providers=list(dict.fromkeys([provider, CPU])))
+
+
+def main(onnx_file: str, array_file: str) -> None:
+    session, image = open_session(onnx_file), np.load(array_file)
     for line in sys.stdin:
         batch_size, seconds = line.split()
         sys.stdout.write(json.dumps(measure(session, image, int(batch_size), float(seconds))) + "\n")

@@ -104,7 +104,7 @@ class Encoder(nn.Module): ...
 class Decoder(nn.Module): ...
 
 
-PACKAGE = {
+PACKAGE: dict[str, list[type[nn.Module]]] = {
     "dall_e": [],
     "dall_e.utils": [Conv2d],
     "dall_e.encoder": [Encoder, EncoderBlock],

@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,7 +48,11 @@ def flops_per_image(name: str, setting: Setting) -> float:
     """FLOP of one step's matrix products and convolutions for one image, forward and backward, attention included."""
     # Without autocast and compiling, which change no arithmetic; attention in parts, which the counter knows.
     plain = replace(setting, precision="fp32", compile=False, batch_size=1)
-    step = build(name, Batch.draw(plain))
+    return flops(build(name, Batch.draw(plain)))
+
+
+def flops(step: Callable[[], object]) -> float:
+    """FLOP of the matrix products and convolutions of a step, forward and backward, attention included."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return float(counter.get_total_flops())

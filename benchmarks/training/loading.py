@@ -30,7 +30,9 @@ SIZE_PX = (500, 375)  # width and height, ImageNet's usual ones
 JPEG_QUALITY = 90
 SHARD_MB = 16.0
 MS = 1000
-WARMUP_BATCHES, TIMED_BATCHES = 2, 8
+# Every worker fetches two batches ahead. Those that lie ready when the clock starts must be few among those timed.
+AHEAD = 2
+WARMUP_BATCHES, TIMED_BATCHES = AHEAD, 4 * AHEAD  # for each worker
 PAPER_CROP = CropConfig(crop_scale=(0.08, 1.0), flip=0.5)
 
 
@@ -88,27 +90,28 @@ def num_workers(device: torch.device) -> int:
 
 def _run(setting: Setting, batches: Iterator[Batch], use: Callable[[Batch], None]) -> tuple[float, float]:
     """Images a second and the share of the time spent waiting for the next batch, after a warm-up."""
-    for _ in range(WARMUP_BATCHES):
+    warmup, timed = (count * num_workers(setting.device) for count in (WARMUP_BATCHES, TIMED_BATCHES))
+    for _ in range(warmup):
         use(next(batches))
     synchronize(setting.device)
     start, waited = time.perf_counter(), 0.0
-    for _ in range(TIMED_BATCHES):
+    for _ in range(timed):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
         use(batch)
     synchronize(setting.device)
     elapsed = time.perf_counter() - start
-    return TIMED_BATCHES * setting.batch_size / elapsed, waited / elapsed
+    return timed * setting.batch_size / elapsed, waited / elapsed
 
 
 @contextmanager
 def _loader(setting: Setting) -> Iterator[Iterator[Batch]]:
     """Batches of `pretrain` from shards in a temporary folder."""
     with _prepared(setting) as (shards, transform):
-        steps = WARMUP_BATCHES + TIMED_BATCHES
-        # Batches prefetched in the warm-up must not be the last ones, or the workers would idle while they are timed.
-        order = EpochBatches(SampleOrder(shards.counts, 0), setting.batch_size, 0, 2 * steps)
+        # Some more than are timed, or the workers would idle at the end.
+        steps = (WARMUP_BATCHES + TIMED_BATCHES + AHEAD) * num_workers(setting.device)
+        order = EpochBatches(SampleOrder(shards.counts, 0), setting.batch_size, 0, steps)
         dataset = TrainDataset(shards, transform, 0)
         yield iter(train_loader(dataset, order, num_workers(setting.device), setting.device))
 
@@ -123,12 +126,12 @@ def _prepared(setting: Setting) -> Iterator[tuple[ImageShards, PretrainTransform
         yield ImageShards(Path(folder), "train"), transform
 
 
-def write_shards(folder: Path, count: int) -> None:
-    """Prepared data of that many JPEGs: crops of the two photographs that scikit-learn ships."""
+def write_shards(folder: Path, count: int, num_val: int = 0) -> None:
+    """Prepared data of so many JPEGs of each split: crops of the two photographs that scikit-learn ships."""
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     rng = np.random.default_rng(0)
-    writer = ShardWriter(folder, "train", SHARD_MB)
-    for number in range(count):
+    writers = {"train": ShardWriter(folder, "train", SHARD_MB), "val": ShardWriter(folder, "val", SHARD_MB)}
+    for number in range(count + num_val):
         photograph = photographs[number % len(photographs)]
         scale = rng.uniform(0.5, 1)
         width, height = (int(scale * side) for side in SIZE_PX)
@@ -136,11 +139,11 @@ def write_shards(folder: Path, count: int) -> None:
         crop = photograph.resize(SIZE_PX, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
         buffer = io.BytesIO()
         crop.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        writer.add(Row(str(number), UNLABELLED, buffer.getvalue()))
-    shards = writer.close()
+        writers["train" if number < count else "val"].add(Row(str(number), UNLABELLED, buffer.getvalue()))
+    shards = [shard for writer in writers.values() for shard in writer.close()]
     Index(
         source="bench",
-        count={"train": count, "val": 0},
+        count={"train": count, "val": num_val},
         classes=[],
         channels=3,
         mean=[0.5] * 3,

@@ -1,4 +1,6 @@
-"""Our training step, as `pretrain` runs it, with the tokens given in place of a tokenizer."""
+"""Our training step, as `pretrain` runs it, by default with the tokens given in place of a tokenizer."""
+
+from typing import Any
 
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -19,6 +21,7 @@ from cae.architecture import Architecture
 from cae.data.loader import Batch
 from cae.model import ContextAutoencoder
 from cae.normalization import Normalization
+from cae.targets.files import AnyTarget
 from cae.targets.tokens import TokenTarget
 from cae.train.compile import compile_blocks
 from cae.train.optimizer import BETAS, EPS
@@ -45,7 +48,7 @@ class GivenTokens(TokenTarget):
         return self.tokens
 
 
-def architecture(setting: Setting) -> Architecture:
+def architecture(setting: Setting, num_outputs: int = VOCAB_SIZE) -> Architecture:
     """The paper's model of that size; regressor and decoder are as wide as the encoder."""
     return Architecture(
         channels=3,
@@ -59,21 +62,24 @@ def architecture(setting: Setting) -> Architecture:
         predictor_num_heads=setting.num_heads,
         regressor_depth=PREDICTOR_DEPTH,
         decoder_depth=PREDICTOR_DEPTH,
-        num_outputs=VOCAB_SIZE,
+        num_outputs=num_outputs,
         predictor_layer_scale=CAE_LAYER_SCALE,
     )
 
 
 class OurStep:
-    """One step of `pretrain` on a batch of the loader."""
+    """One step of `pretrain` on a batch of the loader; with the tokens given, or a target that computes them.
 
-    def __init__(self, setting: Setting, tokens: Tensor) -> None:
-        self.model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
-        target = GivenTokens(tokens)
+    `compiled` says which of the blocks are, where the setting asks for compiling.
+    """
+
+    def __init__(self, setting: Setting, target: Tensor | AnyTarget, compiled: slice = slice(None)) -> None:
+        given: Any = GivenTokens(target) if isinstance(target, Tensor) else target
+        self.model = ContextAutoencoder(architecture(setting, given.num_outputs), DROP_PATH).train()
         normalization = Normalization([0.5] * 3, [0.25] * 3)
-        self.objective = Objective(self.model, target, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)  # type: ignore[arg-type]
+        self.objective = Objective(self.model, given, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)
         if setting.compile:
-            compile_blocks(blocks_of(self.model), setting.device)
+            compile_blocks(blocks_of(self.model)[compiled], setting.device)
         optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self.step = TrainStep(
             self.model,

@@ -1,0 +1,279 @@
+"""Part 3: how fast a training step is, beside the device's matrix rate and beside other steps."""
+
+import gc
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu_check.parts import Check, Context, Figures, Result, Skip
+from benchmarks.gpu_check.process import ROOT
+from benchmarks.training import contenders
+from benchmarks.training.contenders import Batch, Step
+from benchmarks.training.contest import TERA, flops, flops_per_image, matmul_tflops
+from benchmarks.training.ours import OurStep
+from benchmarks.training.setting import MASKED_SHARE, Setting
+from benchmarks.training.timing import seconds_per_call, synchronize
+from cae.config import load_params
+from cae.normalization import Normalization
+from cae.targets.dalle import DALLE_PATCH_PX, PUBLISHED_SIZES, DalleArchitecture, DalleTarget, DtypeName
+from cae.targets.files import AnyTarget
+from cae.targets.pixels import PixelArchitecture, PixelTarget
+from cae.train.compile import missing_compiler
+from cae.train.device import set_reproducible
+from pipeline import tokenizer
+
+BATCH_SIZE = 256
+WARMUP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 3, 60
+TIMED_S, TIMED_DRY_S = 3.0, 0.2
+PROFILED_STEPS, NUM_KERNELS = 3, 10
+GIB, MICRO = 2**30, 1e6
+COMPILE_LIMIT_S = 90
+NORMALIZATION = Normalization([0.5] * 3, [0.25] * 3)
+
+
+def setting_of(context: Context, model: str, precision: str = "bf16", compile_blocks: bool = False) -> Setting:
+    """The paper's sizes at 224 px; four patches of the smallest model in a dry run."""
+    return Setting(
+        model=context.size(model, "vit_nano"),
+        image_size=context.size(224, 32),
+        patch_size=16,
+        batch_size=context.size(BATCH_SIZE, 2),
+        device=context.device,
+        precision=precision,
+        compile=compile_blocks,
+    )
+
+
+def eager(model: str, context: Context) -> Result:
+    """Our step as it is shipped, with the tokens given: bf16, deterministic where torch can be."""
+    setting = setting_of(context, model)
+    figures, step = measure(context, setting, _ours)
+    context.kept[model] = step
+    return Result(_with_share(context, figures, flops_per_image("cae", setting), setting.precision))
+
+
+def not_deterministic(context: Context) -> Result:
+    """The same with torch's own choice of operations, which may give other bits in every run."""
+    figures, _ = measure(context, setting_of(context, "vit_base"), _ours, deterministic=False)
+    return Result(figures)
+
+
+def compiled(context: Context) -> Result:
+    """Our step with every block compiled: the time to its first step, and then."""
+    if reason := missing_compiler(context.device.type):
+        raise Skip(f"nothing can be compiled: {reason}")
+    setting = setting_of(context, "vit_base", compile_blocks=True)
+    # One block stands for all in a dry run: each of their variants takes seconds.
+    build = partial(_ours, compiled=slice(-1, None) if context.dry else slice(None))
+    figures, context.kept["compiled"] = measure(context, setting, build)
+    return Result(_with_share(context, figures, flops_per_image("cae", setting), setting.precision))
+
+
+def profiled(context: Context) -> Result:
+    """The largest kernels of a step, and the share of the time in which none ran; eager, and compiled where it was."""
+    steps = {name: context.kept.pop(name) for name in ("vit_base", "compiled") if name in context.kept}
+    if "vit_base" not in steps:
+        _, steps["vit_base"] = measure(context, setting_of(context, "vit_base"), _ours)
+    figures: Figures = {}
+    for name, step in steps.items():
+        word = "eager" if name == "vit_base" else name
+        busy, kernels = kernels_of(step, context.device)
+        figures[f"{word}_share_of_gaps"] = 1 - busy
+        figures[f"{word}_kernels"] = kernels[:NUM_KERNELS]
+    return Result(figures)
+
+
+def contender(name: str, context: Context) -> Result:
+    """One of the other steps on the same images: bf16, but for the plain one, which is float32."""
+    precision = "fp32" if name == "plain" else "bf16"
+    setting = setting_of(context, "vit_base", precision)
+
+    def build(setting: Setting) -> Step:
+        return contenders.build(name, Batch.draw(setting))
+
+    figures, _ = measure(context, setting, build, deterministic=False)
+    return Result(_with_share(context, figures, flops_per_image(name, setting), precision))
+
+
+def with_target(kind: str, context: Context) -> Result:
+    """Our step with a target that is computed: what `pretrain` does with that tokenizer."""
+    setting = setting_of(context, "vit_base")
+
+    def build(setting: Setting) -> Step:
+        return _ours(setting, _target(kind, context, setting))
+
+    figures, _ = measure(context, setting, build)
+    one = replace(setting, precision="fp32", batch_size=1)
+    return Result(_with_share(context, figures, flops(build(one)), setting.precision))
+
+
+def _ours(setting: Setting, target: AnyTarget | None = None, compiled: slice = slice(None)) -> Step:
+    """Our step on images of the loader. The tokenizer reads its own view where that has another size."""
+    torch.manual_seed(0)
+    batch = Batch.draw(setting)
+    visible, masked = batch.masks(MASKED_SHARE)
+    fed = {"images": batch.images, "visible": visible, "masked": masked, "labels": batch.tokens[:, 0]}
+    if target and target.patch_px != setting.patch_size:
+        side = target.patch_px * setting.grid[0]
+        fed["target_images"] = batch.images[:, :, :side, :side].contiguous()
+    step = OurStep(setting, target or batch.tokens, compiled)
+    return lambda: step(fed)
+
+
+def _target(kind: str, context: Context, setting: Setting) -> AnyTarget:
+    """A target at random, of the sizes that the paper's profiles have; small in a dry run."""
+    if kind == "pixels":
+        pixels = PixelArchitecture(channels=3, patch_size=setting.patch_size, grid=setting.grid, per_patch=True)
+        return PixelTarget(pixels, *NORMALIZATION)
+    if kind == "dvae":
+        params = load_params(ROOT / "params/imagenet.yaml" if not context.dry else ROOT / "params.yaml")
+        model = params.model.model_copy(update={"image_size": setting.image_size, "patch_size": setting.patch_size})
+        return tokenizer.build(params.model_copy(update={"model": model}), NORMALIZATION).eval()
+    sizes = PUBLISHED_SIZES.model_dump()
+    if context.dry:
+        sizes |= {"vocab_size": 64, "hidden_width": 8, "num_res_blocks": 1}
+    dtype: DtypeName = "bfloat16" if setting.precision == "bf16" else "float32"
+    target = DalleTarget(
+        DalleArchitecture(
+            **sizes, channels=3, patch_size=setting.patch_size, grid=setting.grid, dtype=dtype, channels_last=True
+        )
+    ).eval()
+    assert target.patch_px == DALLE_PATCH_PX
+    target.speed_up()
+    return target
+
+
+def measure(
+    context: Context, setting: Setting, build: Callable[[Setting], Step], *, deterministic: bool = True
+) -> tuple[Figures, Step]:
+    """Images a second of a step after its first ones, its peak memory, and the step; at the largest batch that fits."""
+    while True:
+        _free(context.device)
+        try:
+            return _measure(context, setting, build, deterministic)
+        except torch.OutOfMemoryError:
+            if setting.batch_size == 1:
+                raise
+            setting = replace(setting, batch_size=setting.batch_size // 2)
+
+
+def _measure(
+    context: Context, setting: Setting, build: Callable[[Setting], Step], deterministic: bool
+) -> tuple[Figures, Step]:
+    if deterministic:
+        set_reproducible(0)
+    else:
+        torch.use_deterministic_algorithms(False)
+    device = context.device
+    step = build(setting)
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    first_s = time.perf_counter() - started
+    once_s = seconds_per_call(step, WARMUP_STEPS, device)
+    count = math.ceil(context.size(TIMED_S, TIMED_DRY_S) / once_s)
+    seconds = seconds_per_call(step, min(MOST_STEPS, max(LEAST_STEPS, count)), device)
+    figures: Figures = {
+        "images_per_s": setting.batch_size / seconds,
+        "step_ms": 1000 * seconds,
+        "first_step_s": first_s,
+        "batch_size": setting.batch_size,
+    }
+    if device.type == "cuda":
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return figures, step
+
+
+def _free(device: torch.device) -> None:
+    """What steps before this one left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _with_share(context: Context, figures: Figures, flop_per_image: float, precision: str) -> Figures:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if dtype not in (rates := context.kept.setdefault("rates", {})):
+        rates[dtype] = matmul_tflops(context.device, dtype)
+    rate = figures["images_per_s"] * flop_per_image / TERA
+    return {
+        **figures,
+        "precision": precision,
+        "gflop_per_image": flop_per_image / 1e9,
+        "share_of_matrix_rate": rate / rates[dtype],
+    }
+
+
+def kernels_of(step: Step, device: torch.device) -> tuple[float, list[Figures]]:
+    """Share of the time in which the device was busy, and its kernels, the longest first, in milliseconds a step.
+
+    On a CPU the operators take the kernels' place.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    synchronize(device)
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(PROFILED_STEPS):
+            step()
+        synchronize(device)
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [
+        event
+        for event in profiler.events() or ()
+        # Annotations of torch's own span many kernels.
+        if event.device_type == wanted and not getattr(event, "is_user_annotation", False)
+    ]
+    if not events:
+        raise RuntimeError("the profiler saw no kernels")
+    total: defaultdict[str, float] = defaultdict(float)
+    calls: defaultdict[str, int] = defaultdict(int)
+    for event in events:
+        total[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        calls[event.name] += 1
+    spans = [(event.time_range.start, event.time_range.end) for event in events]
+    rows = [
+        {
+            "kernel": name[:80],
+            "ms_a_step": microseconds / 1000 / PROFILED_STEPS,
+            "share": microseconds / sum(total.values()),
+            "calls_a_step": calls[name] / PROFILED_STEPS,
+        }
+        for name, microseconds in sorted(total.items(), key=lambda item: -item[1])
+    ]
+    return busy_share(spans), rows
+
+
+def busy_share(spans: Iterable[tuple[float, float]]) -> float:
+    """Share of the time from the first beginning to the last end that at least one span covers."""
+    ordered = sorted(spans)
+    covered, until = 0.0, ordered[0][0]
+    for start, end in ordered:
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered / max(until - ordered[0][0], 1e-9)
+
+
+PEERS: dict[str, Any] = {"needs": ("transformers",)}
+CHECKS = (
+    Check("ViT-B, tokens given, eager", partial(eager, "vit_base")),
+    Check("ViT-B, tokens given, compiled", compiled, limit_s=COMPILE_LIMIT_S),
+    Check("ViT-B, tokens given, profiled", profiled),
+    Check("plain step, float32", partial(contender, "plain")),
+    Check("transformers BEiT-B", partial(contender, "beit"), **PEERS),
+    Check("transformers ViTMAE-B", partial(contender, "mae"), **PEERS),
+    Check("ViT-B, d-VAE", partial(with_target, "dvae")),
+    Check("ViT-B, pixels", partial(with_target, "pixels")),
+    Check("ViT-B, DALL-E", partial(with_target, "dalle")),
+    Check("ViT-S, tokens given, eager", partial(eager, "vit_small")),
+    Check("ViT-B, tokens given, not deterministic", not_deterministic),
+)
