@@ -55,6 +55,15 @@ def attention(num_heads: int, *projected: Float[Tensor, "b n d"]) -> Float[Tenso
     return _Attention.apply(num_heads, *projected)
 
 
+def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
+    """The rows of `x` that `index` names, none of them twice; its gradient is put back row by row.
+
+    That of `Tensor.gather` adds every single element to its place, and where `use_deterministic_algorithms` is on a
+    GPU sorts all of their places for it.
+    """
+    return _GatherRows.apply(x, index)
+
+
 def _cast(x: Tensor, *others: Tensor) -> list[Tensor]:
     """All in the type that autocast would compute a linear layer in. It leaves float64 alone."""
     kind, dtype = x.device.type, x.dtype
@@ -110,6 +119,24 @@ def _merge_heads(num_heads: int, *parts: Float[Tensor, "g n e"]) -> Float[Tensor
     for number, part in enumerate(parts):
         merged[:, :, number] = part.unflatten(0, (-1, num_heads)).transpose(1, 2)
     return merged.flatten(2)
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = x.shape[1]
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        size, _, width = grad.shape
+        first = torch.arange(0, size * ctx.num_rows, ctx.num_rows, device=index.device)
+        out = grad.new_zeros(size * ctx.num_rows, width)
+        out.index_copy_(0, (index + first[:, None]).flatten(), grad.flatten(0, 1))
+        return out.unflatten(0, (size, ctx.num_rows)), None
 
 
 class _GainedLinear(Function):

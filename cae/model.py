@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cae.architecture import Architecture, EncoderArchitecture
 from cae.blocks import NORM_EPS, Block, RegressorBlock, init_weights
+from cae.lean import gather_rows
 from cae.positions import sincos_positions
 from cae.targets import TrainingLoss
 from cae.timm_encoder import TimmEncoder
@@ -21,7 +22,7 @@ from cae.timm_encoder import TimmEncoder
 
 def gather_patches(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     """The patches that `index` names, by a gather: no boolean index, so no device sync and static shapes."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return gather_rows(x, index)
 
 
 class PatchEmbed(nn.Module):

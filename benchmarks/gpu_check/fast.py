@@ -5,7 +5,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_check.machine import copy_rate
 from benchmarks.gpu_check.parts import Check, Context, Figures, Result, Skip
+from benchmarks.gpu_check.predictions import COMPILED, EAGER, FEW, FREE, PROFILED, TOKENIZERS, category_of, predict
 from benchmarks.gpu_check.process import ROOT
 from benchmarks.training import contenders
 from benchmarks.training.contenders import Batch, Step
@@ -34,7 +36,9 @@ BATCH_SIZE = 256
 WARMUP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 3, 60
 TIMED_S, TIMED_DRY_S = 3.0, 0.2
 PROFILED_STEPS, NUM_KERNELS = 3, 10
-GIB, MICRO = 2**30, 1e6
+FEW_IMAGES = 8
+COPY_TO_HOST = "Memcpy DtoH"  # as the profiler names it
+GIB, GIGA = 2**30, 1e9
 COMPILE_LIMIT_S = 90
 NORMALIZATION = Normalization([0.5] * 3, [0.25] * 3)
 
@@ -78,7 +82,10 @@ def compiled(context: Context) -> Result:
 
 
 def profiled(context: Context) -> Result:
-    """The largest kernels of a step, and the share of the time in which none ran; eager, and compiled where it was."""
+    """The largest kernels of a step, its time by category, and the share of it in which nothing ran.
+
+    Eager, and compiled where that was done before.
+    """
     steps = {name: context.kept.pop(name) for name in ("vit_base", "compiled") if name in context.kept}
     if "vit_base" not in steps:
         _, steps["vit_base"] = measure(context, setting_of(context, "vit_base"), _ours)
@@ -88,7 +95,27 @@ def profiled(context: Context) -> Result:
         busy, kernels = kernels_of(step, context.device)
         figures[f"{word}_share_of_gaps"] = 1 - busy
         figures[f"{word}_kernels"] = kernels[:NUM_KERNELS]
+        if word == "eager":
+            figures["copies_to_host_a_step"] = sum(
+                row["calls_a_step"] for row in kernels if COPY_TO_HOST in row["kernel"]
+            )
+            for row in kernels:
+                category = f"ms: {category_of(row['kernel'])}"
+                figures[category] = figures.get(category, 0.0) + row["ms_a_step"]
     return Result(figures)
+
+
+def few_images(context: Context) -> Result:
+    """A step so small that the host, which launches its operators one by one, is what it waits for."""
+    setting = replace(setting_of(context, "vit_base"), batch_size=FEW_IMAGES)
+    return Result(measure(context, setting, _ours)[0])
+
+
+def predicted(context: Context) -> Result:
+    """What a ViT-B step should cost by counting, at the rates of this device."""
+    setting = replace(setting_of(context, "vit_base"), device=torch.device("cpu"))
+    rates = {"bf16_tflops": _rate(context, torch.bfloat16), "copy_tb_per_s": copy_rate(context)}
+    return Result({**rates, "predictions": [asdict(line) for line in predict(setting, rates)]})
 
 
 def contender(name: str, context: Context) -> Result:
@@ -202,16 +229,21 @@ def _free(device: torch.device) -> None:
 
 
 def _with_share(context: Context, figures: Figures, flop_per_image: float, precision: str) -> Figures:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if dtype not in (rates := context.kept.setdefault("rates", {})):
-        rates[dtype] = matmul_tflops(context.device, dtype)
     rate = figures["images_per_s"] * flop_per_image / TERA
     return {
         **figures,
         "precision": precision,
-        "gflop_per_image": flop_per_image / 1e9,
-        "share_of_matrix_rate": rate / rates[dtype],
+        "gflop_per_image": flop_per_image / GIGA,
+        "share_of_matrix_rate": rate / _rate(context, torch.bfloat16 if precision == "bf16" else torch.float32),
     }
+
+
+def _rate(context: Context, dtype: torch.dtype) -> float:
+    """TFLOP/s of large products, measured once."""
+    rates: dict[torch.dtype, float] = context.kept.setdefault("rates", {})
+    if dtype not in rates:
+        rates[dtype] = matmul_tflops(context.device, dtype)
+    return rates[dtype]
 
 
 def kernels_of(step: Step, device: torch.device) -> tuple[float, list[Figures]]:
@@ -265,15 +297,17 @@ def busy_share(spans: Iterable[tuple[float, float]]) -> float:
 
 PEERS: dict[str, Any] = {"needs": ("transformers",)}
 CHECKS = (
-    Check("ViT-B, tokens given, eager", partial(eager, "vit_base")),
-    Check("ViT-B, tokens given, compiled", compiled, limit_s=COMPILE_LIMIT_S),
-    Check("ViT-B, tokens given, profiled", profiled),
+    Check(EAGER, partial(eager, "vit_base")),
+    Check(COMPILED, compiled, limit_s=COMPILE_LIMIT_S),
+    Check(PROFILED, profiled),
+    Check("predictions", predicted),
     Check("plain step, float32", partial(contender, "plain")),
     Check("transformers BEiT-B", partial(contender, "beit"), **PEERS),
     Check("transformers ViTMAE-B", partial(contender, "mae"), **PEERS),
-    Check("ViT-B, d-VAE", partial(with_target, "dvae")),
+    Check(TOKENIZERS["dvae"], partial(with_target, "dvae")),
     Check("ViT-B, pixels", partial(with_target, "pixels")),
-    Check("ViT-B, DALL-E", partial(with_target, "dalle")),
+    Check(TOKENIZERS["dalle"], partial(with_target, "dalle")),
     Check("ViT-S, tokens given, eager", partial(eager, "vit_small")),
-    Check("ViT-B, tokens given, not deterministic", not_deterministic),
+    Check(FREE, not_deterministic),
+    Check(FEW, few_images),
 )

@@ -73,11 +73,16 @@ def rates(context: Context) -> Result:
         torch.backends.cuda.matmul.allow_tf32 = True
         figures["tf32_tflops"] = matmul_tflops(device, torch.float32)
         torch.backends.cuda.matmul.allow_tf32 = before
-    source = torch.ones(context.size(COPY_BYTES, COPY_BYTES // 64), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = seconds_per_call(lambda: target.copy_(source), COPY_REPEATS, device)
-    figures["copy_tb_per_s"] = 2 * source.nbytes / seconds / TERA
+    figures["copy_tb_per_s"] = copy_rate(context)
     return Result(figures)
+
+
+def copy_rate(context: Context) -> float:
+    """TB/s of a copy within the device's memory, what is read and written counted."""
+    source = torch.ones(context.size(COPY_BYTES, COPY_BYTES // 64), dtype=torch.uint8, device=context.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / seconds_per_call(lambda: target.copy_(source), COPY_REPEATS, context.device) / TERA
 
 
 CHECKS = (Check("versions", versions), Check("rates", rates))

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu_check.parts import Outcome
+from benchmarks.gpu_check.verdicts import Prediction, held_against
 
 WIDTH = 150  # where the output is no terminal
 COLOURS = {"ok": "green", "skipped": "yellow", "missed": "red", "failed": "red", "out of time": "red"}
@@ -32,13 +33,15 @@ def outcomes(found: Iterable[Outcome]) -> Table:
     return table
 
 
-def lists(found: Iterable[Outcome]) -> list[Table]:
-    """A table for each figure that is a list of rows."""
+def lists(found: Sequence[Outcome]) -> list[Table]:
+    """A table for each figure that is a list of rows; predictions with what was measured."""
     tables = []
     for outcome in found:
         for name, rows in outcome.figures.items():
             if not is_rows(rows):
                 continue
+            if name == "predictions":
+                rows = held_against([Prediction(**row) for row in rows], found)
             table = Table(*rows[0], title=f"{outcome.part}, {outcome.check}: {name}")
             for row in rows:
                 table.add_row(*(escape(_value(value)) for value in row.values()))

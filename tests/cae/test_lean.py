@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae import lean
-from cae.lean import attention, gained_linear, gained_mlp, linear_cross_entropy
+from cae.lean import attention, gained_linear, gained_mlp, gather_rows, linear_cross_entropy
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -31,6 +33,11 @@ def plain_attention(*projected: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
+def plain_gather(x: Tensor) -> Tensor:
+    return x.gather(1, ROWS.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+ROWS = torch.tensor([[0, 2, 3], [1, 3, 4], [4, 0, 1]])
 CLASSES = torch.tensor([[1, 0, 6, 6, 3], [2, 5, 0, 4, 6], [6, 1, 1, 2, 3]])
 SHAPES = {
     "linear": [(3, 5, 4), (6, 4), (6,), (6,)],
@@ -38,6 +45,7 @@ SHAPES = {
     "cross_entropy": [(3, 5, 4), (7, 4), (7,)],
     "self-attention": [(3, 5, 18)],
     "cross-attention": [(3, 4, 6), (3, 5, 6), (3, 5, 6)],
+    "gather": [(3, 5, 4)],
 }
 LEAN: dict[str, Callable[..., Tensor]] = {
     "linear": gained_linear,
@@ -45,6 +53,7 @@ LEAN: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": lambda *inputs: linear_cross_entropy(*inputs, CLASSES)[0],
     "self-attention": partial(attention, 2),
     "cross-attention": partial(attention, 2),
+    "gather": lambda x: gather_rows(x, ROWS),
 }
 PLAIN: dict[str, Callable[..., Tensor]] = {
     "linear": plain_linear,
@@ -52,6 +61,7 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": lambda *inputs: plain_cross_entropy(*inputs, CLASSES),
     "self-attention": plain_attention,
     "cross-attention": plain_attention,
+    "gather": plain_gather,
 }
 
 
@@ -139,3 +149,23 @@ def test_a_compiler_may_take_them_apart() -> None:
         inputs = inputs_of(kind)
         graph = torch.compile(LEAN[kind], backend="aot_eager", fullgraph=True, dynamic=False)
         torch.testing.assert_close(graph(*inputs), LEAN[kind](*inputs))
+
+
+def test_the_gradient_of_gathered_rows_places_no_single_elements() -> None:
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    gathered = gather_rows(x, ROWS)
+    with OperatorNames() as names:
+        gathered.sum().backward()
+    assert not [name for name in names.seen if "scatter" in name]
+    assert x.grad is not None
+    assert x.grad.sum(2).bool().int().tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 1, 1], [1, 1, 0, 0, 1]]
+
+
+class OperatorNames(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
