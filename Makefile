@@ -10,7 +10,7 @@ TOOLS_STAMP := $(TOOLS)/.installed
 # Stage commands in dvc.yaml call `cae-pipe`, and DVC's own git calls need no pager.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env repro test soak lint serve bench bench-serving bench-training tools audit licenses images test-containers lint-containers lock lock-cpu clean
+.PHONY: help env repro test soak lint serve bench bench-serving bench-training gpu-check gpu-wheels tools audit licenses images test-containers lint-containers lock lock-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -59,6 +59,17 @@ bench-serving: $(STAMP)  ## our server, LitServe and the bare session in turn; A
 bench-training: $(STAMP)  ## our training step, a plain one, BEiT and ViTMAE in turn; ARGS="--precision bf16 --out FILE.json"
 	cae-pipe bench $(ARGS)
 
+# Whoever lends a GPU may have torch and no cae-pipe: any Python that has torch will do, and nothing is installed.
+gpu-check:  ## on a GPU: is it right, how fast is it (8 minutes); ARGS=--dry runs it tiny on a CPU, WHEELS=.wheels brings packages
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m benchmarks.gpu_check $(ARGS)
+
+gpu-wheels: $(STAMP)  ## fill .wheels with what gpu-check needs beside torch, for CPython 3.12 on Linux x86-64
+	rm -rf .wheels
+	pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(addprefix --platform=,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) \
+		-r benchmarks/gpu_check/wheels.lock -d .wheels
+	@du -sh .wheels
+
 images:  ## build the images cae-serving, cae-serving:cuda and cae-pipeline; ARGS="--build-arg BASE=..." goes to docker build
 	docker build $(BUILD) -f docker/serving.Dockerfile -t cae-serving .
 	docker build $(BUILD) -f docker/serving.Dockerfile --build-arg VARIANT=cuda -t cae-serving:cuda .
@@ -102,6 +113,7 @@ lock: $(TOOLS_STAMP)  ## renew the locks from pyproject.toml; ARGS="--upgrade-pa
 	$(COMPILE) -c requirements.lock pyproject.toml --extra pipeline --no-emit-package onnxruntime -o docker/pipeline-cuda.lock
 	$(COMPILE) -c requirements.lock docker/tools.in -o docker/tools.lock
 	$(COMPILE) -c docker/tools.lock docker/sbom.in -o docker/sbom.lock
+	$(COMPILE) -c requirements.lock benchmarks/gpu_check/wheels.in --no-deps -o benchmarks/gpu_check/wheels.lock
 
 lock-cpu: $(TOOLS_STAMP)  ## make docker/pipeline-cpu.lock: torch without CUDA, from PyTorch's index of CPU wheels (none is kept here)
 	$(COMPILE) -c requirements.lock pyproject.toml docker/serving-cpu.in --extra pipeline --torch-backend cpu --no-emit-package onnxruntime-gpu -o docker/pipeline-cpu.lock

@@ -2,7 +2,7 @@
 
 import base64
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -168,6 +168,14 @@ def _environment(workspace: Workspace) -> list[tuple[str, str]]:
         ("seed", str(workspace.params.seed)),
         ("device", f"{device}, {hardware.precision}"),
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
-        ("libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)),
-        ("cae-pipe", version("cae-pipe")),
+        ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
+        ("cae-pipe", _version("cae-pipe")),
     ]
+
+
+def _version(package: str) -> str:
+    """Of a package, which a checkout that was not installed, or a stage that ran without DVC, does not have."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

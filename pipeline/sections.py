@@ -109,14 +109,15 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
         ),
         "finetune": (("loss", "fine-tuning: loss ↓"),),
     }
-    panels = []
+    panels = []  # none where DVCLive was not there to draw them
     for stage, names in chosen.items():
         for name, title in names:
             path = workspace.curves(stage) / f"{name}.tsv"
             if path.exists():
                 steps, values = np.loadtxt(path, skiprows=1, ndmin=2).T
                 panels.append((title, steps, values))
-    figures.curves(drawings / "curves.png", panels)
+    if panels:
+        figures.curves(drawings / "curves.png", panels)
     pretrain = metrics_of(workspace, "pretrain")
     if "token_accuracy" in pretrain:
         vocab = metrics_of(workspace, "tokenizer")["num_codes"]
@@ -135,7 +136,7 @@ def _training(workspace: Workspace, drawings: Path) -> Section:
         text=f"What is marked ↓ should fall; a step is one batch of images. The decoding loss says how well the hidden "
         f"patches are predicted. {reached} The variance tells how different the patches of an image look to the "
         f"encoder: it dips at first and must recover (alarm below {COLLAPSED_VARIANCE}).",
-        pictures=[Picture("curves.png", "Curves of the losses over the steps of each training")],
+        pictures=[Picture("curves.png", "Curves of the losses over the steps of each training")] if panels else [],
         note="The alignment loss may rise while the representation grows richer. Compare it with the variance: giving "
         "every patch the average of its image would make the two equal, so below it is better. At the end, on "
         f"validation images: {pretrain['alignment_loss']:.2f} against {pretrain['latent_variance']:.2f}.",

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gpu_check.parts import Check, Context, Outcome, Result, Skip
 from benchmarks.gpu_check.process import ROOT, is_there, without
 
-LAST_LINES = 4
+FIRST_LINES, LAST_LINES = 2, 3
 # After such an error nothing more runs on the GPU in this process; another one takes over.
 LOST_GPU = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")
 EXIT_LOST_GPU = 70
@@ -64,10 +64,17 @@ def attempt(part: str, check: Check, context: Context) -> Outcome:
         return outcome(status="skipped", said=str(reason))
     except Exception as error:
         traceback.print_exc()  # for the log of this process
-        said = f"{type(error).__name__}: {error}"
-        return outcome(status="failed", said="\n".join(said.splitlines()[:LAST_LINES]), place=place_of(error))
+        return outcome(status="failed", said=shortened(f"{type(error).__name__}: {error}"), place=place_of(error))
     said = "; ".join(result.missed)
     return outcome(status="missed" if result.missed else "ok", figures=result.figures, said=said)
+
+
+def shortened(text: str) -> str:
+    """The first and the last lines of a long text."""
+    lines = text.splitlines()
+    if len(lines) <= FIRST_LINES + LAST_LINES:
+        return text
+    return "\n".join([*lines[:FIRST_LINES], "[...]", *lines[-LAST_LINES:]])
 
 
 def place_of(error: BaseException) -> str:

@@ -1,9 +1,11 @@
 """Our training step, as `pretrain` runs it, by default with the tokens given in place of a tokenizer."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks.training.setting import (
@@ -67,19 +69,29 @@ def architecture(setting: Setting, num_outputs: int = VOCAB_SIZE) -> Architectur
     )
 
 
+def compile_all_blocks(model: nn.Module, device: torch.device) -> None:
+    """As `runtime.compile` has it."""
+    compile_blocks(blocks_of(model), device)
+
+
 class OurStep:
     """One step of `pretrain` on a batch of the loader; with the tokens given, or a target that computes them.
 
-    `compiled` says which of the blocks are, where the setting asks for compiling.
+    `compile_model` does what `runtime.compile` does, where the setting asks for it.
     """
 
-    def __init__(self, setting: Setting, target: Tensor | AnyTarget, compiled: slice = slice(None)) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        target: Tensor | AnyTarget,
+        compile_model: Callable[[nn.Module, torch.device], None] = compile_all_blocks,
+    ) -> None:
         given: Any = GivenTokens(target) if isinstance(target, Tensor) else target
         self.model = ContextAutoencoder(architecture(setting, given.num_outputs), DROP_PATH).train()
         normalization = Normalization([0.5] * 3, [0.25] * 3)
         self.objective = Objective(self.model, given, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)
         if setting.compile:
-            compile_blocks(blocks_of(self.model)[compiled], setting.device)
+            compile_model(self.model, setting.device)
         optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
         self.step = TrainStep(
             self.model,
