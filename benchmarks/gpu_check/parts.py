@@ -24,10 +24,12 @@ class Part:
     name: str
     limit_s: float | None  # None: the rest of TOTAL_S
     needs: tuple[str, ...]
+    package: str = "benchmarks.gpu_check"
 
     @property
     def module(self) -> str:
-        return f"benchmarks.gpu_check.{self.name}"
+        """Where its CHECKS are."""
+        return f"{self.package}.{self.name}"
 
 
 TRAINING = ("torch", "timm", "numpy", "jaxtyping", "pydantic", "ruamel.yaml", "safetensors", "tqdm", "filelock", "PIL")
@@ -49,12 +51,18 @@ PARTS = (
 class Context:
     """What a check is given. `dry` asks for tiny sizes; `ends_at` is when the part's process is killed."""
 
-    device: "torch.device"
+    device_type: str
     dry: bool
     folder: Path  # of this part alone, removed at the end
     data: Path | None
     ends_at: float  # as time.time gives it
     kept: dict[str, Any] = field(default_factory=dict)  # by one check for a later one of the same process
+
+    @property
+    def device(self) -> "torch.device":
+        import torch  # takes seconds, which a process that ends in its first check need not wait for
+
+        return torch.device(self.device_type)
 
     @property
     def left_s(self) -> float:

@@ -99,7 +99,7 @@ class _Attempt:
                 "done": list(self.done),
             }
         )
-        command = [sys.executable, "-m", "benchmarks.gpu_check.worker", self.part.name, str(self.records), arguments]
+        command = [sys.executable, "-m", "benchmarks.gpu_check.worker", self.part.module, str(self.records), arguments]
         with self.log.open("wb") as log, self.records.open() as records:
             # A session of its own: at the end of its time it goes with all that it started.
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)

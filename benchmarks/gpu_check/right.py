@@ -24,7 +24,7 @@ from cae.targets.files import load_target
 from cae.train.device import Hardware, set_reproducible
 from cae.train.skipping import SkippedSteps
 from cae.train.step import TrainStep
-from pipeline import dalle, finetune, pretrain, probe, report, tokenizer
+from pipeline import check_machine, dalle, finetune, pretrain, probe, report, tokenizer
 from pipeline.workspace import Workspace
 
 NUM_STEPS = 20
@@ -241,6 +241,7 @@ def stages(context: Context) -> Result:
         "finetune_top1": metrics["finetune"]["top1"],
         "linear_top1": metrics["probe_linear"]["top1"],
         "knn_top1": metrics["probe_knn"]["top1"],
+        "doctor": "; ".join(finding.text for finding in check_machine.gpu(workspace)),
     }
     return Result(figures)
 

@@ -1,4 +1,4 @@
-"""The process of one part: `python -m benchmarks.gpu_check.worker PART RECORDS ARGUMENTS`, started by `process`.
+"""The process of one part: `python -m benchmarks.gpu_check.worker MODULE RECORDS ARGUMENTS`, started by `process`.
 
 It writes a JSON line for its plan, for the beginning and for the outcome of every check.
 """
@@ -22,18 +22,16 @@ LOST_GPU = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")
 EXIT_LOST_GPU = 70
 
 
-def main(name: str, records: str, arguments: str) -> None:
-    import torch
-
+def main(module: str, records: str, arguments: str) -> None:
     given = json.loads(arguments)
     context = Context(
-        device=torch.device(given["device"]),
+        device_type=given["device"],
         dry=given["dry"],
         folder=Path(given["folder"]),
         data=Path(given["data"]) if given["data"] else None,
         ends_at=given["ends_at"],
     )
-    checks: Sequence[Check] = importlib.import_module(f"benchmarks.gpu_check.{name}").CHECKS
+    checks: Sequence[Check] = importlib.import_module(module).CHECKS
     checks = [check for check in checks if check.name not in given["done"]]
     with Path(records).open("a", buffering=1) as file:
 
@@ -43,7 +41,7 @@ def main(name: str, records: str, arguments: str) -> None:
         write({"plan": [(check.name, check.limit_s) for check in checks]})
         for check in checks:
             write({"begins": check.name, "at": time.time()})
-            outcome = attempt(name, check, context)
+            outcome = attempt(module.rpartition(".")[2], check, context)
             write(asdict(outcome))
             if outcome.status == "failed" and any(words in outcome.said for words in LOST_GPU):
                 sys.exit(EXIT_LOST_GPU)

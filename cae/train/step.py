@@ -70,9 +70,7 @@ class TrainStep:
         for number, batch in enumerate(micro_batches):
             for name, value in self._backward(batch, step, number).items():
                 values[name] = values[name] + value if name in values else value
-        norm = self._clip()
-        bad = largest_over_ranks((~(norm.isfinite() & values["loss"].isfinite())).float())
-        self._update(self.skipped.update(bad))
+        norm, bad = self.update(values["loss"])
         positions = [batch["positions"] for batch in micro_batches if "positions" in batch]
         return StepResult({**values, "grad_norm": norm}, bad, torch.cat(positions) if positions else None)
 
@@ -90,6 +88,13 @@ class TrainStep:
         self._draw(batch["labels"].shape[0], step, number)
         with self.hardware.autocast():
             return self.forward(batch, step)
+
+    def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradients and update by them unless they, or the loss, are no number; the norm, and 1 where so."""
+        norm = self._clip()
+        bad = largest_over_ranks((~(norm.isfinite() & loss.isfinite())).float())
+        self._update(self.skipped.update(bad))
+        return norm, bad
 
     def _draw(self, size: int, step: int, number: int) -> None:
         """All randomness of a micro-batch by (seed, step, part): a resumed run needs no state of any generator."""

@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 
 ENVIRONMENT = ROOT / "requirements.lock"
 IMAGE_LOCKS = sorted((ROOT / "docker").glob("*-c*.lock"))
-OTHER_LOCKS = sorted((ROOT / "docker").glob("*.lock"))
+OTHER_LOCKS = sorted([*(ROOT / "docker").glob("*.lock"), ROOT / "benchmarks/gpu_check/wheels.lock"])
 
 
 def requirements_of(lock: Path) -> list[str]:
