@@ -32,8 +32,8 @@ repro: $(STAMP)  ## run the pipeline (dvc repro) and print the results
 	dvc repro
 	@cae-pipe results
 
-# Its processes share the first two folders file by file. What the others do would be disturbed: load, kills, real pages.
-TOGETHER := tests/cae tests/pipeline
+# Its processes share these file by file. What the others do would be disturbed: load, kills, real pages.
+TOGETHER := tests/cae tests/pipeline tests/benchmarks/test_gpu_check.py
 
 test: $(STAMP)  ## run the tests
 	pytest -n logical --maxprocesses 4 --dist loadfile $(TOGETHER)

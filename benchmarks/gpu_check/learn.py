@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu_check import workspaces
@@ -92,9 +93,9 @@ def _epochs_that_fit(context: Context, workspace: Workspace) -> dict[str, Any]:
     """`pretrain.epochs` for the time that is left, by the rate of some first steps, with a tenth of them as warm-up."""
     set_reproducible(workspace.params.seed)
     training = pretrain.build(workspace, Hardware.choose(workspace.params.runtime)).training
-    # The first steps start the workers and tell nothing; the meter leaves them out.
-    training.total_steps, training.log_every_steps = 2 * TRIAL_STEPS, TRIAL_STEPS
-    images_per_s = training.run()["images_per_s"]
+    # The meter leaves the first half out, in which the workers start.
+    num_steps = min(2 * TRIAL_STEPS, training.total_steps)
+    images_per_s = replace(training, total_steps=num_steps, log_every_steps=num_steps // 2).run()["images_per_s"]
     num_train, config = workspace.index.count["train"], workspace.params.pretrain
     per_epoch = steps_in(1, num_train, config.batch_size) * config.batch_size
     epochs = int(TRAINING_SHARE * context.left_s * images_per_s / per_epoch)

@@ -103,7 +103,6 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 def conformance(context: Context) -> Result:
     """The forward pass beside the official code's numbers, as the tests do it on a CPU."""
-    sys.path.insert(0, str(ROOT))
     from tests import dalle_files, official
 
     with tf32(False):

@@ -106,15 +106,14 @@ def test_the_plan_is_as_long_as_it_is_promised() -> None:
 
 def test_one_command_runs_it_and_writes_every_figure(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    done = command("--dry", "--only", "machine", "--only", "loading", "--out", str(out))
+    done = command("--dry", "--only", "machine", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(out.read_text())
     figures = {outcome["check"]: outcome["figures"] for outcome in written["outcomes"]}
     assert figures["versions"]["torch"] == torch.__version__
     assert figures["rates"]["bf16_tflops"] > 0
-    assert figures["loader"]["loader_alone_images_per_s"] > 0
-    assert "3 ok" in done.stdout
-    assert "loader_alone_images_per_s" in done.stdout
+    assert "2 ok" in done.stdout
+    assert "bf16_tflops" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -148,6 +147,7 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
         ("fast", predictions.PROFILED),
         ("fast", "predictions"),
         ("fast", "ViT-B, DALL-E"),
+        ("loading", "loader"),
     ],
 )
 def test_a_check_answers_on_a_cpu(part: str, check: str, context: Context) -> None:
