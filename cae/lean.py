@@ -67,7 +67,8 @@ def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[T
 def _cast(x: Tensor, *others: Tensor) -> list[Tensor]:
     """All in the type that autocast would compute a linear layer in. It leaves float64 alone."""
     kind, dtype = x.device.type, x.dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    # On meta tensors, which only count, there is none. (Asking `is_autocast_available` breaks the graphs of torch 2.11.)
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     return [tensor.to(dtype) for tensor in (x, *others)]
 

@@ -135,6 +135,8 @@ def _agent_config(machines: Machines, logs: Path) -> "LaunchConfig":
 
     to_files = dict.fromkeys(range(1, machines.num_processes), Std.ALL)
     alone = machines.num_machines == 1
+    # Some versions of torch do not take it, and wait as long.
+    grace = {"shutdown_timeout": GRACE_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     return LaunchConfig(
         min_nodes=machines.num_machines,
         max_nodes=machines.num_machines,
@@ -145,7 +147,7 @@ def _agent_config(machines: Machines, logs: Path) -> "LaunchConfig":
         max_restarts=0,
         # Without SIGHUP, which `nohup` ignores and the agent would not.
         signals_to_handle=",".join(number.name for number in STOP_SIGNALS),
-        shutdown_timeout=GRACE_S,
+        **grace,
         rdzv_backend="c10d" if alone else "static",
         # Port 0: the agent takes a free one and holds it from then on.
         rdzv_endpoint="localhost:0" if alone else f"{machines.address}:{machines.port}",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -44,6 +45,7 @@ def pretended_cuda() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(fake_tensor, "init_gpu_context", lambda *_: None, raising=False)
         patch.setattr(Tensor, "pin_memory", lambda tensor, *_: tensor)
         # torch swaps parameters that are fake in place, and cannot where something refers to them weakly.
         patch.setattr(nn.Module, "_apply", _apply)
