@@ -67,7 +67,7 @@ def gather_rows(x: Float[Tensor, "b n d"], index: Int[Tensor, "b m"]) -> Float[T
 def _cast(x: Tensor, *others: Tensor) -> list[Tensor]:
     """All in the type that autocast would compute a linear layer in. It leaves float64 alone."""
     kind, dtype = x.device.type, x.dtype
-    # On meta tensors, which only count, there is none. (Asking `is_autocast_available` breaks the graphs of torch 2.11.)
+    # Meta tensors, which only count, have none. Asking `is_autocast_available` would break the graphs of torch 2.11.
     if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     return [tensor.to(dtype) for tensor in (x, *others)]

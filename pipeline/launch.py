@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cae.config import RuntimeConfig
 from cae.errors import UserError, signal_name
@@ -136,7 +136,8 @@ def _agent_config(machines: Machines, logs: Path) -> "LaunchConfig":
     to_files = dict.fromkeys(range(1, machines.num_processes), Std.ALL)
     alone = machines.num_machines == 1
     # Some versions of torch do not take it, and wait as long.
-    grace = {"shutdown_timeout": GRACE_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    known = "shutdown_timeout" in LaunchConfig.__dataclass_fields__
+    grace: dict[str, Any] = {"shutdown_timeout": GRACE_S} if known else {}
     return LaunchConfig(
         min_nodes=machines.num_machines,
         max_nodes=machines.num_machines,
