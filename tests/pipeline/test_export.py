@@ -133,6 +133,8 @@ def test_a_single_parity_image_leaves_the_batch_free(
 ) -> None:
     raw = with_values(tiny_params, {"export.num_parity_images": 1})
     workspace = on_finished(tmp_path, finished, raw, make_workspace)
+    counts = [len(export.parity_images(root, load_trained(root.pretrained))) for root in (finished, workspace)]
+    assert counts == [finished.params.export.num_parity_images, 1]
     export.run(workspace)
     assert Bundle.open(workspace.bundle, "cpu").embed(images[:3])["pooled"].shape == (3, 32)
 
