@@ -23,7 +23,7 @@ KEYS = ("loss", "decoding_loss", "alignment_loss", "latent_variance", "token_acc
 
 def pretraining(context: Context) -> Result:
     """Tokenizer and CAE on three-channel images of 32 px; the loss must fall."""
-    workspace = _workspace(context, {})
+    workspace = _first_workspace(context)
     prepare.run(workspace)
     num_train = workspace.index.count["train"]
     epochs = context.size(2 if num_train > MANY_IMAGES else 6, 1)
@@ -57,12 +57,12 @@ def neighbours(context: Context) -> Result:
     return Result(workspace.read_metrics("probe_knn") or {})
 
 
-def _workspace(context: Context, values: dict[str, Any]) -> Workspace:
+def _first_workspace(context: Context) -> Workspace:
     source = context.data
     if source is None:
         source = context.folder / "digits.parquet"
         workspaces.write_digits(source, *context.size((10, None), (4, 40)))
-    return _changed(context, None, {"prepare.source": f"parquet:{source}", **values})
+    return _changed(context, None, {"prepare.source": f"parquet:{source}"})
 
 
 def _changed(context: Context, before: Workspace | None, values: dict[str, Any]) -> Workspace:
