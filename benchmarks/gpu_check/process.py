@@ -87,6 +87,11 @@ class _Attempt:
         self.running: tuple[str, float] | None = None  # a check, and when it began
         self.told: list[str] = []
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Tensors as small as those of a dry run only lose by threads, above all beside other work."""
+        return os.environ | ({"OMP_NUM_THREADS": "1"} if self.options.dry else {})
+
     def run(self, note: Callable[[Outcome], None]) -> list[str]:
         """Note outcomes as they come; the names of the checks that are left, for another process."""
         arguments = json.dumps(
@@ -102,7 +107,9 @@ class _Attempt:
         command = [sys.executable, "-m", "benchmarks.gpu_check.worker", self.part.module, str(self.records), arguments]
         with self.log.open("wb") as log, self.records.open() as records:
             # A session of its own: at the end of its time it goes with all that it started.
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
             try:
                 cut = self._watch(process, records, note)
             finally:
