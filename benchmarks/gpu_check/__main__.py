@@ -70,7 +70,7 @@ def _prepare(given: argparse.Namespace, folder: Path) -> None:
         given.data = given.data.absolute()
         if not given.data.is_file():
             raise ValueError(
-                f"--data: {given.data} is no file; expected a Parquet file with the columns image and label"
+                f"--data: {given.data} does not exist; expected a Parquet file with the columns image and label"
             )
     if source := os.environ.get("WHEELS"):
         added = wheels.add(Path(source), folder / "wheels")

@@ -19,13 +19,13 @@ from benchmarks.gpu_check.parts import Check, Context, Figures, Result, Skip
 from benchmarks.gpu_check.predictions import COMPILED, EAGER, FEW, FREE, PROFILED, TOKENIZERS, category_of, predict
 from benchmarks.gpu_check.process import ROOT
 from benchmarks.training import contenders
+from benchmarks.training.alone import make_room, peak_memory, start_memory
 from benchmarks.training.contenders import Batch, Step
 from benchmarks.training.contest import TERA, flops, flops_per_image, matmul_tflops
-from benchmarks.training.ours import OurStep, compile_all_blocks
+from benchmarks.training.ours import NORMALIZATION, OurStep, compile_all_blocks
 from benchmarks.training.setting import MASKED_SHARE, Setting
 from benchmarks.training.timing import seconds_per_call, synchronize
 from cae.config import load_params
-from cae.normalization import Normalization
 from cae.targets.dalle import DALLE_PATCH_PX, PUBLISHED_SIZES, DalleArchitecture, DalleTarget, DtypeName
 from cae.targets.files import AnyTarget
 from cae.targets.pixels import PixelArchitecture, PixelTarget
@@ -38,11 +38,11 @@ BATCH_SIZE = 256
 WARMUP_STEPS, LEAST_STEPS, MOST_STEPS = 3, 3, 60
 TIMED_S, TIMED_DRY_S = 3.0, 0.2
 PROFILED_STEPS, NUM_KERNELS = 3, 10
+SHOWN = 80  # characters of a kernel's name
 FEW_IMAGES = 8
 COPY_TO_HOST = "Memcpy DtoH"  # as the profiler names it
 GIB, GIGA = 2**30, 1e9
 COMPILE_LIMIT_S = 90
-NORMALIZATION = Normalization([0.5] * 3, [0.25] * 3)
 
 
 def setting_of(context: Context, model: str, precision: str = "bf16", compile_blocks: bool = False) -> Setting:
@@ -62,7 +62,8 @@ def eager(model: str, context: Context) -> Result:
     """Our step as it is shipped, with the tokens given: bf16, deterministic where torch can be."""
     setting = setting_of(context, model)
     figures, step = measure(context, setting, _ours)
-    context.kept[model] = step
+    if model == "vit_base":
+        context.kept["eager"] = step
     return Result(_with_share(context, figures, flops_per_image("cae", setting), setting.precision))
 
 
@@ -93,16 +94,15 @@ def profiled(context: Context) -> Result:
 
     Eager, and compiled where that was done before.
     """
-    steps = {name: context.kept.pop(name) for name in ("vit_base", "compiled") if name in context.kept}
-    if "vit_base" not in steps:
-        _, steps["vit_base"] = measure(context, setting_of(context, "vit_base"), _ours)
+    steps = {name: context.kept.pop(name) for name in ("eager", "compiled") if name in context.kept}
+    if "eager" not in steps:
+        _, steps["eager"] = measure(context, setting_of(context, "vit_base"), _ours)
     figures: Figures = {}
     for name, step in steps.items():
-        word = "eager" if name == "vit_base" else name
         busy, kernels = kernels_of(step, context.device)
-        figures[f"{word}_share_of_gaps"] = 1 - busy
-        figures[f"{word}_kernels"] = kernels[:NUM_KERNELS]
-        if word == "eager":
+        figures[f"{name}_share_of_gaps"] = 1 - busy
+        figures[f"{name}_kernels"] = [{**row, "kernel": row["kernel"][:SHOWN]} for row in kernels[:NUM_KERNELS]]
+        if name == "eager":
             figures["copies_to_host_a_step"] = sum(
                 row["calls_a_step"] for row in kernels if COPY_TO_HOST in row["kernel"]
             )
@@ -119,7 +119,7 @@ def few_images(context: Context) -> Result:
 
 
 def predicted(context: Context) -> Result:
-    """What a ViT-B step should cost by counting, at the rates of this device."""
+    """The predicted cost of a ViT-B step at the rates measured on this device."""
     setting = replace(setting_of(context, "vit_base"), device=torch.device("cpu"))
     rates = {"bf16_tflops": _rate(context, torch.bfloat16), "copy_tb_per_s": copy_rate(context)}
     return Result({**rates, "predictions": [asdict(line) for line in predict(setting, rates)]})
@@ -211,6 +211,7 @@ def _measure(
     else:
         torch.use_deterministic_algorithms(False)
     device = context.device
+    before = start_memory(device)
     step = build(setting)
     synchronize(device)
     started = time.perf_counter()
@@ -227,16 +228,14 @@ def _measure(
         "batch_size": setting.batch_size,
     }
     if device.type == "cuda":
-        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        figures["peak_memory_gib"] = (peak_memory(device) - before) / GIB
     return figures, step
 
 
 def _free(device: torch.device) -> None:
-    """What steps before this one left."""
+    """Release what earlier steps no longer need."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    make_room(device)
 
 
 def _with_share(context: Context, figures: Figures, flop_per_image: float, precision: str) -> Figures:
@@ -277,7 +276,7 @@ def kernels_of(step: Step, device: torch.device) -> tuple[float, list[Figures]]:
     spans = [(event.time_range.start, event.time_range.end) for event in events]
     rows = [
         {
-            "kernel": name[:80],
+            "kernel": name,
             "ms_a_step": microseconds / 1000 / PROFILED_STEPS,
             "share": microseconds / sum(total.values()),
             "calls_a_step": calls[name] / PROFILED_STEPS,

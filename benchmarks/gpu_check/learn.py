@@ -51,7 +51,7 @@ def pretraining(context: Context) -> Result:
 def neighbours(context: Context) -> Result:
     """Top-1 of the nearest neighbours, by the pretrained encoder and by the one at random that it began as."""
     if "workspace" not in context.kept:
-        raise RuntimeError("there is no encoder: the pretraining before it did not end")
+        raise RuntimeError("the pretraining before this check failed, so there is no encoder to measure")
     workspace: Workspace = context.kept["workspace"]
     probe.run(workspace, "knn")
     return Result(workspace.read_metrics("probe_knn") or {})

@@ -4,6 +4,8 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -69,12 +71,21 @@ def rates(context: Context) -> Result:
         "fp32_tflops": matmul_tflops(device, torch.float32),
     }
     if device.type == "cuda":
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        figures["tf32_tflops"] = matmul_tflops(device, torch.float32)
-        torch.backends.cuda.matmul.allow_tf32 = before
+        with tf32(True):
+            figures["tf32_tflops"] = matmul_tflops(device, torch.float32)
     figures["copy_tb_per_s"] = copy_rate(context)
     return Result(figures)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let matrix products and convolutions of float32 tensors round their inputs to ten bits, or not."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def copy_rate(context: Context) -> float:

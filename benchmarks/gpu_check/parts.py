@@ -20,15 +20,15 @@ Figures = dict[str, Any]
 class Part:
     """One process of the check: the module of its checks, the seconds that it may take, the packages that it needs."""
 
-    number: int
     name: str
     limit_s: float | None  # None: the rest of TOTAL_S
     needs: tuple[str, ...]
+    is_small: bool = False  # its tensors are, so one thread is enough
     package: str = "benchmarks.gpu_check"
 
     @property
     def module(self) -> str:
-        """Where its CHECKS are."""
+        """The module that defines its CHECKS."""
         return f"{self.package}.{self.name}"
 
 
@@ -38,18 +38,18 @@ EXPORT = (*STAGES, "onnx", "onnxscript", "onnxruntime", "jinja2", "matplotlib")
 SERVER = ("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client", "pydantic_settings", "python_multipart")
 
 PARTS = (
-    Part(1, "machine", 15, ("torch", "numpy", "pydantic")),
-    Part(2, "right", 90, (*EXPORT, "mlxtend")),
-    Part(3, "fast", 170, TRAINING),
-    Part(4, "loading", 30, STAGES),
-    Part(5, "serve", 75, (*EXPORT, *SERVER, "pythonjsonlogger", "psutil")),
-    Part(6, "learn", None, EXPORT),
+    Part("machine", 15, ("torch", "numpy", "pydantic")),
+    Part("right", 90, (*EXPORT, "mlxtend"), is_small=True),
+    Part("fast", 170, TRAINING),
+    Part("loading", 30, STAGES),
+    Part("serve", 75, (*EXPORT, *SERVER, "pythonjsonlogger", "psutil")),
+    Part("learn", None, EXPORT),
 )
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a check is given. `dry` asks for tiny sizes; `ends_at` is when the part's process is killed."""
+    """Input of a check. `dry` asks for tiny sizes; the part's process is killed at `ends_at`."""
 
     device_type: str
     dry: bool
@@ -75,7 +75,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found; `missed` says in words what is not as it must be."""
+    """Figures of a check, and a sentence for each requirement that it missed."""
 
     figures: Figures
     missed: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check; of a whole part where `check` is empty."""
+    """How a check ended, or a whole part where `check` is empty."""
 
     part: str
     check: str

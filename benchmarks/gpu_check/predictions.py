@@ -1,4 +1,4 @@
-"""What the ViT-B step should cost on a GPU, by counting: FLOP over the matrix rate, bytes over the copy bandwidth.
+"""Predict the cost of the ViT-B step on a GPU: its FLOP over the matrix rate, its bytes over the copy bandwidth.
 
 `python -m benchmarks.gpu_check.predictions` prints the table for an H200; a run of the check holds each line against
 what it measured, at the rates that it measured.
@@ -29,13 +29,12 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.gpu_check.process import ROOT
 from benchmarks.gpu_check.verdicts import Prediction
 from benchmarks.training.contest import flops
-from benchmarks.training.ours import GivenTokens, architecture
+from benchmarks.training.ours import NORMALIZATION, GivenTokens, architecture
 from benchmarks.training.setting import ALIGNMENT_WEIGHT, DROP_PATH, MASKED_SHARE, Setting
 from cae.config import load_params
 from cae.drop_path import DropPath
 from cae.lean import GPU_CHUNK
 from cae.model import ContextAutoencoder
-from cae.normalization import Normalization
 from pipeline import tokenizer
 from pipeline.costs import dalle_macs
 from pipeline.pretrain import Objective
@@ -70,7 +69,7 @@ def category_of(name: str) -> str:
 
 @dataclass
 class Count:
-    """What a step does: FLOP and bytes of each category, launches, and the bytes that are held at its peak."""
+    """FLOP and bytes per category, number of launches, and peak memory of a step."""
 
     flop: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -128,7 +127,7 @@ def count_step(setting: Setting) -> Count:
         stack.enter_context(patch("torch.nn.init.trunc_normal_", lambda tensor, **_: tensor))
         model = ContextAutoencoder(architecture(setting), DROP_PATH).train()
         target: Any = GivenTokens(torch.zeros(setting.batch_size, setting.num_patches, dtype=torch.int64))
-        objective = Objective(model, target, Normalization([0.5] * 3, [0.25] * 3), ALIGNMENT_WEIGHT, 0)
+        objective = Objective(model, target, NORMALIZATION, ALIGNMENT_WEIGHT, 0)
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.factors = torch.zeros(setting.batch_size)
@@ -230,7 +229,7 @@ def tokenizer_flop(kind: str, setting: Setting) -> float:
     if kind == "dalle":
         return 2.0 * dalle_macs(setting.grid)
     with torch.device("meta"):
-        dvae = tokenizer.build(load_params(ROOT / "params/imagenet.yaml"), Normalization([0.5] * 3, [0.25] * 3))
+        dvae = tokenizer.build(load_params(ROOT / "params/imagenet.yaml"), NORMALIZATION)
         images = torch.zeros(1, 3, setting.image_size, setting.image_size)
         return flops(lambda: dvae.encode(images))
 

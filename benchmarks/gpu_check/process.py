@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,8 +79,7 @@ class _Attempt:
 
     def __init__(self, part: Part, options: Options, ends_at: float, done: Sequence[str]) -> None:
         self.part, self.options, self.ends_at, self.done = part, options, ends_at, done
-        folder = options.folder / f"{part.name}-{len(done)}"
-        folder.mkdir(parents=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{part.name}-", dir=options.folder))
         self.records, self.log = folder / "records.jsonl", folder / "log.txt"
         self.records.touch()
         self.folder = folder
@@ -89,8 +89,8 @@ class _Attempt:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Tensors as small as those of a dry run only lose by threads, above all beside other work."""
-        return os.environ | ({"OMP_NUM_THREADS": "1"} if self.options.dry else {})
+        """Small tensors only lose by threads, above all beside other work."""
+        return os.environ | ({"OMP_NUM_THREADS": "1"} if self.options.dry or self.part.is_small else {})
 
     def run(self, note: Callable[[Outcome], None]) -> list[str]:
         """Note outcomes as they come; the names of the checks that are left, for another process."""

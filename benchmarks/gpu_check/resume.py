@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cae.train.checkpoint import load_checkpoint
+from cae.train.checkpoint import CheckpointStore, load_checkpoint
 from cae.train.device import Hardware, set_reproducible
 from cae.train.loop import CHECKPOINTS, RunFolder
 from pipeline import pretrain
@@ -35,11 +35,10 @@ def train(workspace: Workspace, device: torch.device, folder: Path, kill_at: int
 
 def steps_saved(folder: Path) -> int:
     """The step of the newest checkpoint."""
-    return int(load_checkpoint(sorted((folder / CHECKPOINTS).glob("step-*.pt"))[-1])["step"])
+    return int(load_checkpoint(CheckpointStore(folder / CHECKPOINTS, 1, None).paths()[-1])["step"])
 
 
 def main(root: str, device: str) -> None:
-    torch.set_num_threads(1)
     workspace = Workspace(Path(root), Path(root, "params.yaml"))
     train(workspace, torch.device(device), workspace.root / KILLED, KILL_AT)
 

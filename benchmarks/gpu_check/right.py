@@ -4,8 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_check import resume, workspaces
+from benchmarks.gpu_check.machine import tf32
 from benchmarks.gpu_check.noise import NoiseFromCpu
 from benchmarks.gpu_check.parts import Check, Context, Figures, Result, missed_above, relative_difference
 from benchmarks.gpu_check.process import ROOT
@@ -32,9 +32,6 @@ FIRST_STEP, LAST_STEP = 1e-4, 0.02  # relative differences to the CPU at most
 SMALL_DALLE = DalleSizes(vocab_size=32, hidden_width=8, code_width=4, num_res_blocks=1)
 CPU = torch.device("cpu")
 RESUME_TIMEOUT_S = 60
-
-# Tensors of this size only lose by threads.
-torch.set_num_threads(1)
 
 
 def first_steps(stage: str, values: dict[str, Any], context: Context) -> Result:
@@ -90,17 +87,6 @@ def _prepared(context: Context, **values: Any) -> Workspace:
     before.append(workspaces.tiny(folder, before[0].root / "data" if before else None, **values))
     workspace: Workspace = before[-1]
     return workspace
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Matrix products and convolutions of float32 tensors with inputs rounded to ten bits, or not."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def conformance(context: Context) -> Result:

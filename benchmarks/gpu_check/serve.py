@@ -39,16 +39,19 @@ def exported(context: Context) -> Result:
 
 def _workspace(context: Context) -> Workspace:
     """Prepared photographs, and an encoder with its decoder at random."""
-    values: dict[str, Any] = {
-        "export.num_parity_images": 4,
-        "export.num_examples": 1,
-        "export.gate.num_val_images": NUM_VAL,
-    }
     if context.dry:
         workspace = workspaces.tiny(context.folder / "workspace", None)
     else:
-        values |= {"model.name": "vit_small", "model.image_size": 224, "model.patch_size": 16}
-        values |= {"prepare.channels": 3, "tokenizer.kind": "pixels"}
+        values: dict[str, Any] = {
+            "prepare.channels": 3,
+            "model.name": "vit_small",
+            "model.image_size": 224,
+            "model.patch_size": 16,
+            "tokenizer.kind": "pixels",
+            "export.num_parity_images": 4,
+            "export.num_examples": 1,
+            "export.gate.num_val_images": NUM_VAL,
+        }
         workspace = workspaces.make(context.folder / "workspace", values)
         workspace.prepared.mkdir(parents=True)
         write_shards(workspace.prepared, NUM_TRAIN, NUM_VAL)
@@ -80,7 +83,7 @@ def gates(context: Context) -> Result:
     reference = dict(zip(outputs, _session(bundle, "float32").run(outputs, {"images": images}), strict=True))
     figures: Figures = {"provider": _provider(context)}
     said = []
-    for precision in PRECISIONS:
+    for precision in _precisions(bundle):
         values = _session(bundle, precision, _provider(context)).run(outputs, {"images": images})
         got = dict(zip(outputs, values, strict=True))
         cosines = Cosines()
@@ -98,7 +101,7 @@ def sessions(context: Context) -> Result:
     image = _image(bundle)
     rows = []
     # On a CPU float16 is computed in float32, and says nothing.
-    for precision in PRECISIONS if name == CUDA else ["float32"]:
+    for precision in _precisions(bundle) if name == CUDA else ["float32"]:
         session = _session(bundle, precision, name)
         for batch_size in BATCH_SIZES:
             figures = raw_session.measure(session, image, batch_size, context.size(MEASURE_S / 2, DRY_S))
@@ -129,6 +132,11 @@ def _bundle(context: Context) -> Path:
         raise Skip("there is no bundle: the export before it failed")
     bundle: Path = context.kept["bundle"]
     return bundle
+
+
+def _precisions(bundle: Path) -> list[str]:
+    """Those that the bundle has: a variant that missed its gate is not in it."""
+    return [name for name, file in PRECISIONS.items() if (bundle / file).is_file()]
 
 
 def _provider(context: Context) -> str:

@@ -112,21 +112,23 @@ def warm(build_step: Callable[[], Callable[[], object]], device: torch.device) -
     (torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)).sum().item()
     import benchmarks.training.ours  # noqa: F401
 
-    before = _start(device)
+    before = start_memory(device)
     step = build_step()
     for _ in range(WARMUP_STEPS):
         step()
-    return step, _peak(device) - before
+    return step, peak_memory(device) - before
 
 
-def _start(device: torch.device) -> int:
+def start_memory(device: torch.device) -> int:
+    """Bytes in use now; the peak counts from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far, since `start_memory` on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

@@ -32,6 +32,7 @@ from cae.train.skipping import SkippedSteps
 from cae.train.step import TrainStep
 from pipeline.pretrain import Objective
 
+NORMALIZATION = Normalization([0.5] * 3, [0.25] * 3)
 NUM_STEPS = 10_000  # of the schedule, which stays at its first step
 
 
@@ -88,8 +89,7 @@ class OurStep:
     ) -> None:
         given: Any = GivenTokens(target) if isinstance(target, Tensor) else target
         self.model = ContextAutoencoder(architecture(setting, given.num_outputs), DROP_PATH).train()
-        normalization = Normalization([0.5] * 3, [0.25] * 3)
-        self.objective = Objective(self.model, given, normalization, ALIGNMENT_WEIGHT, 0).to(setting.device)
+        self.objective = Objective(self.model, given, NORMALIZATION, ALIGNMENT_WEIGHT, 0).to(setting.device)
         if setting.compile:
             compile_model(self.model, setting.device)
         optimizer = AdamW(self.model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY, fused=True)

@@ -29,7 +29,7 @@ MODULES = {"machine": machine, "right": right, "fast": fast, "loading": loading,
 CHECKS: dict[tuple[str, str], Check] = {
     (part, check.name): check for part, module in MODULES.items() for check in module.CHECKS
 }
-FAULTY = Part(0, "faulty_part", None, (), package="tests.benchmarks")
+FAULTY = Part("faulty_part", None, (), package="tests.benchmarks")
 
 
 @pytest.fixture
